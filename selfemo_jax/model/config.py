@@ -1,9 +1,10 @@
 """The shape of a decoder, read from a Hugging Face `config.json` in either spelling.
 
-The Hub writes `rope_theta`, `rope_scaling` and `torch_dtype`; transformers 5 writes `rope_parameters` and `dtype`. Both are
-read, a contradiction between them is an error, and the source's own dictionary is kept so that an export speaks as it did.
-Anything that would change the arithmetic and is not implemented (mixture of experts, sliding attention, other rope types,
-quantised weights) is refused by its key: a model that loads and answers slightly wrongly is the worst outcome.
+The Hub writes `rope_theta`, `rope_scaling` and `torch_dtype`; transformers 5 writes `rope_parameters` and
+`dtype`. Both are read, a contradiction between them is an error, and the source's own dictionary is kept so that
+an export speaks as it did. Anything that would change the arithmetic and is not implemented (mixture of experts,
+sliding attention, other rope types, quantised weights) is refused by its key: a model that loads and answers
+slightly wrongly is the worst outcome.
 """
 
 import copy
@@ -60,8 +61,9 @@ class Llama3Scaling:
 class ModelConfig:
     """Everything the decoder's arithmetic depends on; hashable, so it can be a static argument of `jax.jit`.
 
-    Example: Qwen3-0.6B is `ModelConfig(architecture="qwen3", vocab_size=151936, embed_dim=1024, mlp_dim=3072, num_layers=28,
-    num_heads=16, num_kv_heads=8, head_dim=128, rope_theta=1e6, tie_embeddings=True, max_positions=40960)`.
+    Example: Qwen3-0.6B is `ModelConfig(architecture="qwen3", vocab_size=151936, embed_dim=1024, mlp_dim=3072,
+    num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, rope_theta=1e6, tie_embeddings=True,
+    max_positions=40960)`.
     """
 
     architecture: Literal["qwen3", "llama"]
@@ -82,7 +84,7 @@ class ModelConfig:
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     norm_eps: float = 1e-6
     qk_norm: bool | None = None
-    """RMSNorm on each query and key head before the rotation; None is what the architecture does (Qwen3 yes, Llama no)."""
+    """RMSNorm on each query and key head before the rotation; None is the architecture's own (yes for Qwen3)."""
     attention_bias: bool = False
     """Biases on the q, k, v and o projections."""
     tie_embeddings: bool = False
@@ -104,15 +106,7 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: qk_norm={self.qk_norm} does not go with architecture {self.architecture!r}"
             )
-        for name in (
-            "vocab_size",
-            "embed_dim",
-            "mlp_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
+        for name in (*_REQUIRED_INTS.values(), "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: {name} must be at least 1, found {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -127,17 +121,18 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face `config.json` (already parsed); ValueError names the key that is wrong or not supported."""
+        """Read a parsed Hugging Face `config.json`; a ValueError names the key that is wrong or unsupported."""
         architecture = config.get("model_type")
         if architecture not in ARCHITECTURES:
             raise ValueError(
-                f"config.json: model_type {architecture!r} is not supported; this project reads {sorted(ARCHITECTURES)} "
-                "(dense decoders)"
+                f"config.json: model_type {architecture!r} is not supported; expected one of "
+                f"{sorted(ARCHITECTURES)} (dense decoders)"
             )
         _refuse_unsupported(config)
         sizes = {ours: _integer(config, theirs) for theirs, ours in _REQUIRED_INTS.items()}
-        head_dim = config.get("head_dim")
-        if head_dim is None:
+        if config.get("head_dim") is not None:
+            head_dim = _integer(config, "head_dim")
+        else:
             if architecture != "llama":
                 raise ValueError(
                     f"config.json: head_dim is missing; {architecture} does not derive it from hidden_size"
@@ -147,15 +142,15 @@ class ModelConfig:
                     "config.json: head_dim is missing and num_attention_heads does not divide hidden_size"
                 )
             head_dim = sizes["embed_dim"] // sizes["num_heads"]
-        num_kv_heads = config.get("num_key_value_heads")
+        num_kv_heads = sizes["num_heads"]
+        if config.get("num_key_value_heads") is not None:
+            num_kv_heads = _integer(config, "num_key_value_heads")
         theta, scaling = _read_rope(config)
         return cls(
             architecture=architecture,
             **sizes,
-            num_kv_heads=sizes["num_heads"]
-            if num_kv_heads is None
-            else _integer(config, "num_key_value_heads"),
-            head_dim=head_dim if config.get("head_dim") is None else _integer(config, "head_dim"),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=_number(config, "rms_norm_eps", "config.json"),
@@ -167,7 +162,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A `config.json` for this model: the source's own where it still says the same, else one in the Hub's spelling."""
+        """A `config.json` of this model: the source's own where it holds, else one in the Hub's spelling."""
         if self.source and ModelConfig.from_hf(self.source) == self:
             return copy.deepcopy(dict(self.source))
         written = {
@@ -203,7 +198,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key in _EXPERT_KEYS:
         if config.get(key):
             raise ValueError(
-                f"config.json: {key}={config[key]!r} asks for a mixture of experts; only dense models are read"
+                f"config.json: {key}={config[key]!r} asks for a mixture of experts; only dense models work"
             )
     if config.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true; sliding attention is not implemented")
@@ -238,7 +233,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, LinearScaling | Llama3
     for key in ("rope_scaling", "rope_parameters"):
         section = config.get(key)
         if section is None or section == {}:
-            # The Hub writes `rope_scaling: null` for the plain rotation; next to rope_parameters an absent key says nothing.
+            # The Hub's `rope_scaling: null` is the plain rotation; beside rope_parameters it says nothing.
             continue
         if not isinstance(section, Mapping):
             raise ValueError(f"config.json: {key} must be an object, found {section!r}")
@@ -247,13 +242,13 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, LinearScaling | Llama3
         found.append((key, _read_rope_section(key, section)))
     if not thetas:
         raise ValueError(
-            "config.json: rope_theta is missing (also looked for rope_parameters.rope_theta); it has no safe default, "
-            "add the value the model was trained with"
+            "config.json: rope_theta is missing (also looked for rope_parameters.rope_theta); it has no safe "
+            "default, add the value the model was trained with"
         )
     for name, value in thetas[1:]:
         if value != thetas[0][1]:
             raise ValueError(
-                f"config.json: {thetas[0][0]}={thetas[0][1]:g} contradicts {name}={value:g}; remove the wrong one"
+                f"config.json: {thetas[0][0]}={thetas[0][1]:g} contradicts {name}={value:g}; remove one"
             )
     for name, value in found[1:]:
         if value != found[0][1]:
@@ -267,18 +262,20 @@ def _read_rope_section(where: str, section: Mapping[str, Any]) -> LinearScaling 
     kinds = {key: section[key] for key in ("rope_type", "type") if section.get(key) is not None}
     if len(set(kinds.values())) > 1:
         raise ValueError(
-            f"config.json: {where}.rope_type={kinds['rope_type']!r} contradicts {where}.type={kinds['type']!r}"
+            f"config.json: {where}.rope_type={kinds['rope_type']!r} contradicts its type={kinds['type']!r}"
         )
     kind = next(iter(kinds.values()), "default" if where == "rope_parameters" else None)
     if kind is None:
         raise ValueError(f"config.json: {where}.rope_type is missing; expected one of {sorted(_ROPE_KEYS)}")
     if kind not in _ROPE_KEYS:
         raise ValueError(
-            f"config.json: {where}.rope_type {kind!r} is not implemented; expected one of {sorted(_ROPE_KEYS)}"
+            f"config.json: {where}.rope_type {kind!r} is not implemented; expected one of "
+            f"{sorted(_ROPE_KEYS)}"
         )
     if section.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ValueError(
-            f"config.json: {where}.partial_rotary_factor={section['partial_rotary_factor']!r} is not implemented"
+            f"config.json: {where}.partial_rotary_factor={section['partial_rotary_factor']!r} "
+            "is not implemented"
         )
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     unknown = sorted(key for key in section if key not in known and section[key] is not None)
