@@ -1,0 +1,270 @@
+"""The decoder: Qwen3 (arXiv:2505.09388) and Llama-family, weights as Flax variables, layers scanned.
+
+Every weight is declared once, in `Decoder` and `Layers`, with its shape and its logical axes; `model/sharding.py` maps those to
+mesh axes. The arithmetic is functions over the plain tree of arrays (`Params`), which the trainer, the decode loop and the
+converter share. Shape letters: B rows, T tokens, D model, F MLP, N query heads, K key-value heads, H head size, V vocabulary,
+L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from selfemo_jax.model.attention import choose_backend, packed_attention
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.linear import matmul, rms_norm
+from selfemo_jax.model.rope import rope_tables, rotate
+
+Params = dict[str, Any]
+"""Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``, ``head [D, V]`` if untied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the arithmetic runs; hashable, so that it is part of a compiled function's identity."""
+
+    dtype: str = "float32"
+    """Activations and the weights at the moment of use; the stored weights keep their own type."""
+    remat: str = "none"
+    """What the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full`` (whole layers)."""
+    attention: str = "auto"
+    """``auto``, ``dense`` or ``blocked``; see `model/attention.py`."""
+    logits_float32: bool = True
+    """The output head's product in float32 whatever ``dtype`` is."""
+
+
+class Layers(nnx.Module):
+    """The L blocks, stacked: one array per kind of weight, with the layer as its first dimension."""
+
+    def __init__(self, config: ModelConfig, weight: Callable[..., nnx.Param]):
+        c = config
+        layers, d, f = c.num_layers, c.embed_dim, c.mlp_dim
+        n, k, h = c.num_heads, c.num_kv_heads, c.head_dim
+        self.attn_norm = weight((layers, d), ("layers", "embed"), ones=True)
+        self.q = weight((layers, d, n, h), ("layers", "embed", "heads", "head_dim"), fan_in=d)
+        self.k = weight((layers, d, k, h), ("layers", "embed", "kv_heads", "head_dim"), fan_in=d)
+        self.v = weight((layers, d, k, h), ("layers", "embed", "kv_heads", "head_dim"), fan_in=d)
+        # The projections back into the residual stream start smaller by the number of additions, as in GPT-2.
+        self.o = weight(
+            (layers, n, h, d), ("layers", "heads", "head_dim", "embed"), fan_in=n * h * 2 * layers
+        )
+        if c.attention_bias:
+            self.q_bias = weight((layers, n, h), ("layers", "heads", "head_dim"))
+            self.k_bias = weight((layers, k, h), ("layers", "kv_heads", "head_dim"))
+            self.v_bias = weight((layers, k, h), ("layers", "kv_heads", "head_dim"))
+            self.o_bias = weight((layers, d), ("layers", "embed"))
+        if c.qk_norm:
+            self.q_norm = weight((layers, h), ("layers", "head_dim"), ones=True)
+            self.k_norm = weight((layers, h), ("layers", "head_dim"), ones=True)
+        self.mlp_norm = weight((layers, d), ("layers", "embed"), ones=True)
+        self.gate = weight((layers, d, f), ("layers", "embed", "mlp"), fan_in=d)
+        self.up = weight((layers, d, f), ("layers", "embed", "mlp"), fan_in=d)
+        self.down = weight((layers, f, d), ("layers", "mlp", "embed"), fan_in=f * 2 * layers)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer with its weights drawn from ``rngs``; call it on a packed batch for logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: str = "float32"):
+        self.config = config
+
+        def weight(shape, axes, *, fan_in: int | None = None, ones: bool = False) -> nnx.Param:
+            if ones:
+                value = jnp.ones(shape, dtype)
+            elif fan_in is None:
+                value = jnp.zeros(shape, dtype)
+            else:
+                value = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
+            return nnx.Param(value, axes=axes)
+
+        self.embed = weight(
+            (config.vocab_size, config.embed_dim), ("vocab", "embed"), fan_in=config.embed_dim
+        )
+        self.layers = Layers(config, weight)
+        self.final_norm = weight((config.embed_dim,), ("embed",), ones=True)
+        if not config.tie_embeddings:
+            self.head = weight(
+                (config.embed_dim, config.vocab_size), ("embed", "vocab"), fan_in=config.embed_dim
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        prefix_ids: Int[Array, "B T"],
+        *,
+        compute: Compute | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of every position; the trainer uses `forward` and a chunked head instead."""
+        compute = Compute() if compute is None else compute
+        params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        hidden = forward(
+            params, self.config, compute, tokens=tokens, positions=positions, segment_ids=segment_ids,
+            prefix_ids=prefix_ids,
+        )  # fmt: skip
+        return logits(params, self.config, compute, hidden)
+
+
+def init_params(config: ModelConfig, key: jax.Array, *, dtype: str = "float32") -> Params:
+    """Random weights; under `jax.jit` with ``out_shardings`` they are born on their own devices."""
+    module = Decoder(config, rngs=nnx.Rngs(params=key), dtype=dtype)
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def abstract_params(config: ModelConfig, *, dtype: str = "float32") -> tuple[Params, Params]:
+    """Shapes (`jax.ShapeDtypeStruct`) and logical axes (tuples of names), in the form of `Params`; no array is made."""
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=dtype))
+    state = nnx.state(module, nnx.Param)
+    shapes = nnx.to_pure_dict(state)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), state, is_leaf=is_variable)
+    return shapes, _plain_dict(axes)
+
+
+def _plain_dict(tree: Any) -> Any:
+    if isinstance(tree, tuple):
+        return tree
+    return {name: _plain_dict(child) for name, child in tree.items()}
+
+
+def layer_qkv(
+    layer: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    tables: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Norm, projections, head norms and rotation of one block; ``layer`` holds that block's slice of each weight."""
+    normed = rms_norm(x, layer["attn_norm"], eps=config.norm_eps)
+    projected = []
+    for name in ("q", "k", "v"):
+        weight = layer[name]
+        heads = matmul(normed, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:-1], *weight.shape[1:])
+        if config.attention_bias:
+            heads = heads + jnp.broadcast_to(layer[f"{name}_bias"], heads.shape)
+        projected.append(heads)
+    q, k, v = projected
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], eps=config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], eps=config.norm_eps)
+    return rotate(q, tables), rotate(k, tables), v
+
+
+def layer_output(
+    layer: Params, config: ModelConfig, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]
+) -> Float[Array, "B T D"]:
+    """Output projection of the attended heads and the gated MLP, each added to the residual stream."""
+    weight = layer["o"]
+    mixed = matmul(attended.reshape(*x.shape[:-1], -1), weight.reshape(-1, weight.shape[-1]))
+    if config.attention_bias:
+        mixed = mixed + jnp.broadcast_to(layer["o_bias"], mixed.shape)
+    x = x + mixed
+    normed = rms_norm(x, layer["mlp_norm"], eps=config.norm_eps)
+    gated = jax.nn.silu(matmul(normed, layer["gate"])) * matmul(normed, layer["up"])
+    return x + matmul(gated, layer["down"])
+
+
+def embed_tokens(params: Params, compute: Compute, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding table in the compute dtype."""
+    return jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
+
+
+def cast_layer(layer: Params, compute: Compute) -> Params:
+    """One block's weights in the compute dtype: the stored (master) weights keep theirs."""
+    return {name: weight.astype(compute.dtype) for name, weight in layer.items()}
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    prefix_ids: Int[Array, "B T"],
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm. ``sharding`` pins the activations' layout ``[B, T, D]`` between blocks, so that the
+    partitioner moves weights to the rows and never rows to the weights."""
+    backend = choose_backend(compute.attention, tokens.shape[1])
+    pin = (lambda x: x) if sharding is None else (lambda x: lax.with_sharding_constraint(x, sharding))
+    tables = rope_tables(positions, config)
+
+    def block(x, layer):
+        layer = cast_layer(layer, compute)
+        with jax.named_scope("attention"):
+            q, k, v = layer_qkv(layer, config, x, tables)
+            attended = packed_attention(q, k, v, segment_ids, prefix_ids, backend=backend)
+        with jax.named_scope("output_mlp"):
+            return pin(layer_output(layer, config, x, attended)), None
+
+    if compute.remat == "full":
+        block = jax.checkpoint(block)
+    elif compute.remat == "dots":
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    x = pin(embed_tokens(params, compute, tokens))
+    x, _ = lax.scan(block, x, params["layers"])
+    return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
+
+
+def head_weight(params: Params, compute: Compute) -> Float[Array, "D V"]:
+    """The output head ``[D, V]``, the transposed embedding where tied, in the type its product runs in."""
+    weight = params["head"] if "head" in params else params["embed"].T
+    return weight.astype(jnp.float32 if compute.logits_float32 else compute.dtype)
+
+
+def logits(
+    params: Params, config: ModelConfig, compute: Compute, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Float32 logits of hidden states."""
+    del config
+    weight = head_weight(params, compute)
+    return matmul(hidden.astype(weight.dtype), weight).astype(jnp.float32)
+
+
+def token_logprobs(
+    params: Params,
+    config: ModelConfig,
+    compute: Compute,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    temperature: float,
+    budget_bytes: int,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability of each target and entropy of each position under softmax(logits / temperature), float32.
+
+    Where the float32 logits of all positions exceed ``budget_bytes`` the head runs over chunks of T and is recomputed in the
+    backward pass, so that no ``[B, T, V]`` array exists; below it one product is faster.
+    """
+    num_rows, num_tokens, _ = hidden.shape
+    vocab = config.vocab_size
+
+    def scores(hidden, targets):
+        with jax.named_scope("lm_head"):
+            scaled = logits(params, config, compute, hidden) / temperature
+            log_total = jax.nn.logsumexp(scaled, axis=-1)
+            chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
+            probabilities = jnp.exp(scaled - log_total[..., None])
+            entropy = log_total - jnp.sum(probabilities * scaled, axis=-1)
+            return chosen - log_total, entropy
+
+    chunk = num_tokens
+    while num_rows * chunk * vocab * 4 > budget_bytes and chunk % 2 == 0:
+        chunk //= 2
+    if chunk == num_tokens:
+        return scores(hidden, targets)
+    num_chunks = num_tokens // chunk
+    hidden = hidden.reshape(num_rows, num_chunks, chunk, -1).swapaxes(0, 1)
+    targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
+    step = jax.checkpoint(lambda _, chunked: (None, scores(*chunked)))
+    _, (logprobs, entropy) = lax.scan(step, None, (hidden, targets))
+    join = lambda x: x.swapaxes(0, 1).reshape(num_rows, num_tokens)  # noqa: E731
+    return join(logprobs), join(entropy)

@@ -1,0 +1,72 @@
+"""Matrix product and RMS norm with hand-written backward passes.
+
+JAX's own transpose rule emits the weight gradient as ``(dy^T x)^T``, a transposed copy of an activation-sized array on a CPU,
+and sums the norm's weight gradient over the leading axis, which XLA:CPU does slowly. The forms here are the same numbers
+without those two costs. Shape letters: B rows, T tokens, D model, E any output dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
+    """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]`` of the same dtype."""
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _matmul_backward(residuals, g):
+    x, w = residuals
+    dx = lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
+    rows = tuple(range(x.ndim - 1))
+    dw = lax.dot_general(x, g, ((rows, rows), ((), ())))
+    return dx, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _normalise(x, eps):
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32 * scale, scale
+
+
+@jax.custom_vjp
+def _rms_norm(x, weight, eps):
+    xhat, _ = _normalise(x, eps)
+    return _weighted(weight, xhat.astype(x.dtype))
+
+
+def _weighted(weight, xhat):
+    return jnp.broadcast_to(weight, xhat.shape) * xhat
+
+
+def _rms_norm_forward(x, weight, eps):
+    xhat, scale = _normalise(x, eps)
+    return _weighted(weight, xhat.astype(x.dtype)), (x, weight, scale)
+
+
+def _rms_norm_backward(residuals, g):
+    x, weight, scale = residuals
+    g32, xhat = g.astype(jnp.float32), x.astype(jnp.float32) * scale
+    gw = g32 * jnp.broadcast_to(weight.astype(jnp.float32), g.shape)
+    dx = scale * (gw - xhat * jnp.mean(gw * xhat, axis=-1, keepdims=True))
+    # A product with ones: XLA:CPU sums over a leading axis many times slower than it multiplies.
+    product = (g32 * xhat).reshape(-1, x.shape[-1])
+    dw = jnp.ones((1, product.shape[0]), jnp.float32) @ product
+    return dx.astype(x.dtype), dw[0].astype(weight.dtype), None
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467), statistics in float32, result in ``x``'s dtype."""
+    return _rms_norm(x, weight.astype(x.dtype), eps)
