@@ -1,8 +1,8 @@
 """Causal attention over packed rows with shared prefixes.
 
-The rule on every backend: position i sees j iff j <= i and (segment[j] == segment[i] or segment[j] == prefix[i]). Padding is a
-segment of its own, so no row of the score matrix is empty. Shape letters: B rows, T tokens, N query heads, K key-value heads,
-H head size.
+The rule on every backend: position i sees j iff j <= i and (segment[j] == segment[i] or segment[j] ==
+prefix[i]). Padding is a segment of its own, so no row of the score matrix is empty. Shape letters: B rows, T
+tokens, N query heads, K key-value heads, H head size.
 """
 
 from typing import Literal
@@ -18,7 +18,8 @@ _NEGATIVE = -1e30
 
 
 def choose_backend(requested: str, num_tokens: int) -> Backend:
-    """The backend for rows of ``num_tokens``; ``auto`` takes ``blocked`` where it skips work, and ``dense`` below two blocks."""
+    """The backend for rows of ``num_tokens``; ``auto`` takes ``blocked`` where it skips work, and ``dense``
+    below two blocks."""
     if requested == "auto":
         return "blocked" if num_tokens >= 2 * MIN_BLOCK else "dense"
     if requested not in ("dense", "blocked"):
@@ -33,7 +34,8 @@ def visible(
     *,
     query_offset: int,
 ) -> Bool[Array, "B Q S"]:
-    """The attention rule for queries that start at row index ``query_offset`` against keys that start at 0."""
+    """The attention rule for queries that start at row index ``query_offset`` against keys that start at
+    0."""
     num_queries, num_keys = query_segments.shape[1], key_segments.shape[1]
     causal = jnp.arange(num_keys)[None, :] <= query_offset + jnp.arange(num_queries)[:, None]
     keys = key_segments[:, None, :]
@@ -51,7 +53,8 @@ def attend(
     num_rows, num_queries, num_heads, head_dim = q.shape
     num_kv = k.shape[2]
     repeats = num_heads // num_kv
-    # One matrix product per row and key-value head: its `repeats` query heads are stacked along the query axis.
+    # One matrix product per row and key-value head: its `repeats` query heads are stacked along the query
+    # axis.
     grouped = q.reshape(num_rows, num_queries, num_kv, repeats, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(num_rows, num_kv, repeats * num_queries, head_dim)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -74,8 +77,9 @@ def packed_attention(
     *,
     backend: Backend,
 ) -> Float[Array, "B T N H"]:
-    """Attention by the rule above. ``blocked`` cuts the queries into row blocks that never touch the keys after them and
-    recomputes each block's scores in the backward pass, so that no ``[T, T]`` array lives through it."""
+    """Attention by the rule above. ``blocked`` cuts the queries into row blocks that never touch the keys
+    after them and recomputes each block's scores in the backward pass, so that no ``[T, T]`` array lives
+    through it."""
     num_tokens = q.shape[1]
     if backend == "dense":
         return attend(q, k, v, visible(segment_ids, prefix_ids, segment_ids, query_offset=0))

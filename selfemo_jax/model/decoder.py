@@ -1,9 +1,9 @@
 """The decoder: Qwen3 (arXiv:2505.09388) and Llama-family, weights as Flax variables, layers scanned.
 
-Every weight is declared once, in `Decoder` and `Layers`, with its shape and its logical axes; `model/sharding.py` maps those to
-mesh axes. The arithmetic is functions over the plain tree of arrays (`Params`), which the trainer, the decode loop and the
-converter share. Shape letters: B rows, T tokens, D model, F MLP, N query heads, K key-value heads, H head size, V vocabulary,
-L layers.
+Every weight is declared once, in `Decoder` and `Layers`, with its shape and its logical axes;
+`model/sharding.py` maps those to mesh axes. The arithmetic is functions over the plain tree of arrays
+(`Params`), which the trainer, the decode loop and the converter share. Shape letters: B rows, T tokens, D
+model, F MLP, N query heads, K key-value heads, H head size, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from selfemo_jax.model.linear import matmul, rms_norm
 from selfemo_jax.model.rope import rope_tables, rotate
 
 Params = dict[str, Any]
-"""Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``, ``head [D, V]`` if untied."""
+"""Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``,
+``head [D, V]`` if untied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Compute:
     dtype: str = "float32"
     """Activations and the weights at the moment of use; the stored weights keep their own type."""
     remat: str = "none"
-    """What the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full`` (whole layers)."""
+    """What the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full`` (whole
+    layers)."""
     attention: str = "auto"
     """``auto``, ``dense`` or ``blocked``; see `model/attention.py`."""
     logits_float32: bool = True
@@ -69,7 +71,8 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer with its weights drawn from ``rngs``; call it on a packed batch for logits."""
+    """A decoder-only transformer with its weights drawn from ``rngs``; call it on a packed batch for
+    logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: str = "float32"):
         self.config = config
@@ -119,7 +122,8 @@ def init_params(config: ModelConfig, key: jax.Array, *, dtype: str = "float32") 
 
 
 def abstract_params(config: ModelConfig, *, dtype: str = "float32") -> tuple[Params, Params]:
-    """Shapes (`jax.ShapeDtypeStruct`) and logical axes (tuples of names), in the form of `Params`; no array is made."""
+    """Shapes (`jax.ShapeDtypeStruct`) and logical axes (tuples of names), in the form of `Params`; no array
+    is made."""
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=dtype))
     state = nnx.state(module, nnx.Param)
     shapes = nnx.to_pure_dict(state)
@@ -140,7 +144,8 @@ def layer_qkv(
     x: Float[Array, "B T D"],
     tables: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Norm, projections, head norms and rotation of one block; ``layer`` holds that block's slice of each weight."""
+    """Norm, projections, head norms and rotation of one block; ``layer`` holds that block's slice of each
+    weight."""
     normed = rms_norm(x, layer["attn_norm"], eps=config.norm_eps)
     projected = []
     for name in ("q", "k", "v"):
@@ -191,8 +196,8 @@ def forward(
     prefix_ids: Int[Array, "B T"],
     sharding: jax.sharding.NamedSharding | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm. ``sharding`` pins the activations' layout ``[B, T, D]`` between blocks, so that the
-    partitioner moves weights to the rows and never rows to the weights."""
+    """Hidden states after the final norm. ``sharding`` pins the activations' layout ``[B, T, D]`` between
+    blocks, so that the partitioner moves weights to the rows and never rows to the weights."""
     backend = choose_backend(compute.attention, tokens.shape[1])
     pin = (lambda x: x) if sharding is None else (lambda x: lax.with_sharding_constraint(x, sharding))
     tables = rope_tables(positions, config)
@@ -239,10 +244,11 @@ def token_logprobs(
     temperature: float,
     budget_bytes: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability of each target and entropy of each position under softmax(logits / temperature), float32.
+    """Log-probability of each target and entropy of each position under softmax(logits / temperature),
+    float32.
 
-    Where the float32 logits of all positions exceed ``budget_bytes`` the head runs over chunks of T and is recomputed in the
-    backward pass, so that no ``[B, T, V]`` array exists; below it one product is faster.
+    Where the float32 logits of all positions exceed ``budget_bytes`` the head runs over chunks of T and is
+    recomputed in the backward pass, so that no ``[B, T, V]`` array exists; below it one product is faster.
     """
     num_rows, num_tokens, _ = hidden.shape
     vocab = config.vocab_size

@@ -1,8 +1,9 @@
 """Matrix product and RMS norm with hand-written backward passes.
 
-JAX's own transpose rule emits the weight gradient as ``(dy^T x)^T``, a transposed copy of an activation-sized array on a CPU,
-and sums the norm's weight gradient over the leading axis, which XLA:CPU does slowly. The forms here are the same numbers
-without those two costs. Shape letters: B rows, T tokens, D model, E any output dimension.
+JAX's own transpose rule emits the weight gradient as ``(dy^T x)^T``, a transposed copy of an activation-sized
+array on a CPU, and sums the norm's weight gradient over the leading axis, which XLA:CPU does slowly. The
+forms here are the same numbers without those two costs. Shape letters: B rows, T tokens, D model, E any
+output dimension.
 """
 
 import jax
@@ -68,5 +69,6 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm over the last dimension (arXiv:1910.07467), statistics in float32, result in ``x``'s dtype."""
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467), statistics in float32, result in
+    ``x``'s dtype."""
     return _rms_norm(x, weight.astype(x.dtype), eps)

@@ -10,7 +10,8 @@ from selfemo_jax.model.config import LinearScaling, ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequency of each of the ``head_dim / 2`` pairs, float32, after the configuration's scaling rule."""
+    """Angular frequency of each of the ``head_dim / 2`` pairs, float32, after the configuration's scaling
+    rule."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling

@@ -1,8 +1,9 @@
 """From logical axes to mesh axes: one table, one rule for the rest.
 
-The mesh has the axes ``data``, ``fsdp`` and ``tp``. Rows of a batch are split over data and fsdp. A weight's ``tp`` dimension comes
-from the table; fsdp then takes the largest dimension that it divides (a weight without a tp dimension is split over fsdp and tp
-together). Replication over data is what makes that axis data parallelism.
+The mesh has the axes ``data``, ``fsdp`` and ``tp``. Rows of a batch are split over data and fsdp. A weight's
+``tp`` dimension comes from the table; fsdp then takes the largest dimension that it divides (a weight without
+a tp dimension is split over fsdp and tp together). Replication over data is what makes that axis data
+parallelism.
 """
 
 from collections.abc import Mapping
@@ -74,7 +75,8 @@ def partition_spec(
 
 
 def check_tp(config: ModelConfig, mesh_sizes: Mapping[str, int]) -> None:
-    """ValueError where tp does not divide a dimension that the table gives it, naming the nearest mesh that fits."""
+    """ValueError where tp does not divide a dimension that the table gives it, naming the nearest mesh that
+    fits."""
     tp = mesh_sizes.get("tp", 1)
     sizes = {
         "num_heads": config.num_heads,
