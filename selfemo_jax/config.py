@@ -1,7 +1,7 @@
-"""The settings of a run: one tree of frozen dataclasses. Every default is the paper's where the paper gives a number.
+"""The settings of a run: one tree of frozen dataclasses.
 
-`config_io.load_config` fills the tree from YAML and the command line, `config_check.validate` looks at what fields say
-together. Nothing here touches a file or a device.
+`config_io.load_config` fills it from YAML and the command line; `config_check.validate` looks at what the
+fields say together. Nothing here touches a file or a device.
 """
 
 import math
@@ -104,7 +104,7 @@ class DataSection:
     sets: list[str] = field(default_factory=lambda: ["sample"])
     """sample (all three bundled sets), meld, emorynlp, iemocap, or the path of a folder of your own."""
     rule: Literal["context_and_responder", "any_responder", "all"] = "context_and_responder"
-    """Which utterances are training inputs: with a context and a real next speaker, with any other speaker, all."""
+    """Which utterances are training inputs: with a context and a real next speaker, any speaker, all."""
     decontaminate: bool = False
     """Drop training dialogues that share scenes with any evaluation split."""
     speaker_style: Literal["name", "index"] = "name"
@@ -226,9 +226,9 @@ class Loss:
     """The ratio is clipped above at 1 + clip_high."""
     clip_dual: float | None = 3.0
     """For negative advantages the loss is at most this times -advantage; null: no bound."""
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
-        "token-mean"
-    )
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = "token-mean"
     """How token losses of a mini-batch become one number."""
     norm_constant: float | None = None
     """Divisor of seq-mean-token-sum-norm; null: rollout.max_tokens."""
@@ -261,7 +261,7 @@ class RL:
     updates_per_batch: int = 1
     """Passes over one step's rollouts (PPO epochs)."""
     layout: Literal["shared_prefix", "packed", "separate"] = "shared_prefix"
-    """One prompt for its group's completions in a row, several sequences in a row, or one sequence in a row."""
+    """A row holds a prompt once with its completions, or several whole sequences, or one."""
 
 
 @dataclass(frozen=True, kw_only=True)
