@@ -1,0 +1,244 @@
+"""`PackedBatch`: the one form of a training batch, for SFT and RL.
+
+Sequences are laid into rows of a fixed number of tokens; everything is aligned to the targets here and never
+shifted again. Attention follows one rule (`model/attention.py`): a position sees its own segment and its prefix
+segment, up to itself.
+
+- ``separate``: one sequence in a row.
+- ``packed``: several sequences in a row, one segment each.
+- ``shared_prefix``: the sequences of a group share their prompt, written once as a prefix segment without its
+  last token; each completion is a segment that begins with a copy of that last token, so that each target has
+  exactly one position.
+
+Shape letters: B rows, T tokens of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+
+Layout = Literal["shared_prefix", "packed", "separate"]
+PAD_SEGMENT = 0
+NO_PREFIX = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """One completion to train on, with what belongs to it.
+
+    Example: ``TrainSequence(group=3, prompt_ids=(5, 6), completion_ids=(7, 2), token_weight=0.25,
+    advantage=-1.0, rollout_logprobs=(-0.1, -0.7))``.
+    """
+
+    group: int
+    """Sequences of one group have the same prompt."""
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    token_weight: float
+    """Weight of each of its targets in the whole mini-batch (`algo.losses.token_weights`)."""
+    advantage: float = 0.0
+    rollout_logprobs: tuple[float, ...] | None = None
+    """The sampler's log-probability of each completion token; None where nothing was sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Arrays ``[B, T]``, int32 for the first five and float32 for the rest; ``token_weights`` is 0 where there
+    is no target."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    prefix_ids: np.ndarray
+    token_weights: np.ndarray
+    advantages: np.ndarray
+    old_logprobs: np.ndarray
+    ref_logprobs: np.ndarray
+    rollout_logprobs: np.ndarray
+    importance_weights: np.ndarray
+    """Sampler-to-trainer correction of each target; 1 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sequence's targets lie: columns ``start`` to ``start + length`` of ``row``."""
+
+    row: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A batch and the place of every sequence in it, in the order they were given."""
+
+    batch: PackedBatch
+    places: tuple[Place, ...]
+    num_tokens: int
+    """Positions that hold a token; the rest of ``B * T`` is padding."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that hold nothing."""
+        return 1.0 - self.num_tokens / self.batch.tokens.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """Sequences laid side by side in one row: a group, a part of one, or a single sequence."""
+
+    members: tuple[int, ...]
+    length: int
+
+
+def pack(sequences: Sequence[TrainSequence], *, layout: Layout, row_tokens: int, micro_rows: int) -> Packed:
+    """Lay the sequences into rows of ``row_tokens``; empty rows make their number a multiple of ``micro_rows``.
+
+    Units are placed longest first into the first row with room, which is deterministic. ValueError names a
+    sequence that does not fit into a row.
+    """
+    for index, sequence in enumerate(sequences):
+        _check(index, sequence, row_tokens)
+    rows: list[list[_Unit]] = []
+    room: list[int] = []
+    for unit in sorted(_units(sequences, layout, row_tokens), key=lambda unit: (-unit.length, unit.members)):
+        fits = (row for row, left in enumerate(room) if left >= unit.length)
+        row = None if layout == "separate" else next(fits, None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(unit)
+        room[row] -= unit.length
+    num_rows = max(1, -(-len(rows) // micro_rows)) * micro_rows
+    arrays = _empty(num_rows, row_tokens)
+    places: dict[int, Place] = {}
+    write = _write_group if layout == "shared_prefix" else _write_plain
+    for row, units in enumerate(rows):
+        cursor, segment = 0, PAD_SEGMENT + 1
+        for unit in units:
+            cursor, segment = write(arrays, places, sequences, unit, row, cursor, segment)
+    return Packed(
+        batch=PackedBatch(**arrays),
+        places=tuple(places[index] for index in range(len(sequences))),
+        num_tokens=len(rows) * row_tokens - sum(room),
+    )
+
+
+def micro_batches(batch: PackedBatch, *, micro_rows: int) -> Iterator[PackedBatch]:
+    """Cut a batch into parts of ``micro_rows`` rows, all of one shape."""
+    num_rows = batch.tokens.shape[0]
+    assert num_rows % micro_rows == 0
+    for start in range(0, num_rows, micro_rows):
+        rows = slice(start, start + micro_rows)
+        yield PackedBatch(**{field.name: getattr(batch, field.name)[rows] for field in fields(batch)})
+
+
+def gather(values: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:
+    """The values ``[B, T]`` at each sequence's targets, one array per sequence."""
+    return [values[place.row, place.start : place.start + place.length] for place in places]
+
+
+def scatter(values: Sequence[np.ndarray], packed: Packed, *, fill: float) -> np.ndarray:
+    """The inverse of `gather`: float32 ``[B, T]`` with each sequence's values at its targets, else ``fill``."""
+    out = np.full(packed.batch.tokens.shape, fill, np.float32)
+    for value, place in zip(values, packed.places, strict=True):
+        out[place.row, place.start : place.start + place.length] = value
+    return out
+
+
+def _check(index: int, sequence: TrainSequence, row_tokens: int) -> None:
+    if not sequence.prompt_ids or not sequence.completion_ids:
+        raise ValueError(f"sequence {index}: a prompt and a completion of at least one token are needed")
+    needed = len(sequence.prompt_ids) + len(sequence.completion_ids) - 1
+    if needed > row_tokens:
+        raise ValueError(
+            f"sequence {index}: a prompt of {len(sequence.prompt_ids)} and a completion of "
+            f"{len(sequence.completion_ids)} tokens need {needed} positions, a row has {row_tokens}; "
+            "raise batch.row_tokens or lower data.max_prompt or rollout.max_tokens"
+        )
+
+
+def _units(sequences: Sequence[TrainSequence], layout: Layout, row_tokens: int) -> list[_Unit]:
+    if layout != "shared_prefix":
+        return [
+            _Unit(members=(index,), length=len(sequence.prompt_ids) + len(sequence.completion_ids) - 1)
+            for index, sequence in enumerate(sequences)
+        ]
+    groups: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.group, []).append(index)
+    units = []
+    for members in groups.values():
+        prompt = sequences[members[0]].prompt_ids
+        assert all(sequences[index].prompt_ids == prompt for index in members), "a group has one prompt"
+        part: list[int] = []
+        length = len(prompt) - 1
+        for index in members:
+            added = len(sequences[index].completion_ids)
+            if part and length + added > row_tokens:
+                # A group longer than a row is cut into parts, each with its own copy of the prompt.
+                units.append(_Unit(members=tuple(part), length=length))
+                part, length = [], len(prompt) - 1
+            part.append(index)
+            length += added
+        units.append(_Unit(members=tuple(part), length=length))
+    return units
+
+
+def _empty(num_rows: int, row_tokens: int) -> dict[str, np.ndarray]:
+    shape = (num_rows, row_tokens)
+    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions")}
+    arrays["segment_ids"] = np.full(shape, PAD_SEGMENT, np.int32)
+    arrays["prefix_ids"] = np.full(shape, NO_PREFIX, np.int32)
+    for name in ("token_weights", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        arrays[name] = np.zeros(shape, np.float32)
+    arrays["importance_weights"] = np.ones(shape, np.float32)
+    return arrays
+
+
+def _write_targets(arrays, places, sequences, index, row, start):
+    sequence = sequences[index]
+    length = len(sequence.completion_ids)
+    columns = slice(start, start + length)
+    arrays["targets"][row, columns] = sequence.completion_ids
+    arrays["token_weights"][row, columns] = sequence.token_weight
+    arrays["advantages"][row, columns] = sequence.advantage
+    if sequence.rollout_logprobs is not None:
+        arrays["rollout_logprobs"][row, columns] = sequence.rollout_logprobs
+    places[index] = Place(row=row, start=start, length=length)
+
+
+def _write_plain(arrays, places, sequences, unit, row, cursor, segment):
+    (index,) = unit.members
+    sequence = sequences[index]
+    columns = slice(cursor, cursor + unit.length)
+    arrays["tokens"][row, columns] = (*sequence.prompt_ids, *sequence.completion_ids[:-1])
+    arrays["positions"][row, columns] = np.arange(unit.length)
+    arrays["segment_ids"][row, columns] = segment
+    _write_targets(arrays, places, sequences, index, row, cursor + len(sequence.prompt_ids) - 1)
+    return cursor + unit.length, segment + 1
+
+
+def _write_group(arrays, places, sequences, unit, row, cursor, segment):
+    prompt = sequences[unit.members[0]].prompt_ids
+    num_prefix = len(prompt) - 1
+    prefix = segment if num_prefix else NO_PREFIX
+    columns = slice(cursor, cursor + num_prefix)
+    arrays["tokens"][row, columns] = prompt[:-1]
+    arrays["positions"][row, columns] = np.arange(num_prefix)
+    arrays["segment_ids"][row, columns] = segment
+    cursor, segment = cursor + num_prefix, segment + 1
+    for index in unit.members:
+        completion = sequences[index].completion_ids
+        columns = slice(cursor, cursor + len(completion))
+        arrays["tokens"][row, columns] = (prompt[-1], *completion[:-1])
+        arrays["positions"][row, columns] = num_prefix + np.arange(len(completion))
+        arrays["segment_ids"][row, columns] = segment
+        arrays["prefix_ids"][row, columns] = prefix
+        _write_targets(arrays, places, sequences, index, row, cursor)
+        cursor, segment = cursor + len(completion), segment + 1
+    return cursor, segment
