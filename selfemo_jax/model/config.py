@@ -1,10 +1,10 @@
 """The shape of a decoder, read from a Hugging Face `config.json` in either spelling.
 
 The Hub writes `rope_theta`, `rope_scaling` and `torch_dtype`; transformers 5 writes `rope_parameters` and
-`dtype`. Both are read, a contradiction between them is an error, and the source's own dictionary is kept so that
-an export speaks as it did. Anything that would change the arithmetic and is not implemented (mixture of experts,
-sliding attention, other rope types, quantised weights) is refused by its key: a model that loads and answers
-slightly wrongly is the worst outcome.
+`dtype`. Both are read, a contradiction between them is an error, and the source's own dictionary is kept so
+that an export speaks as it did. Anything that would change the arithmetic and is not implemented (mixture of
+experts, sliding attention, other rope types, quantised weights) is refused by its key: a model that loads and
+answers slightly wrongly is the worst outcome.
 """
 
 import copy
@@ -84,7 +84,7 @@ class ModelConfig:
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     norm_eps: float = 1e-6
     qk_norm: bool | None = None
-    """RMSNorm on each query and key head before the rotation; None is the architecture's own (yes for Qwen3)."""
+    """RMSNorm on each query and key head before the rotation; None is the architecture's own."""
     attention_bias: bool = False
     """Biases on the q, k, v and o projections."""
     tie_embeddings: bool = False
@@ -121,7 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a parsed Hugging Face `config.json`; a ValueError names the key that is wrong or unsupported."""
+        """Read a parsed Hugging Face `config.json`; a ValueError names the key that is wrong."""
         architecture = config.get("model_type")
         if architecture not in ARCHITECTURES:
             raise ValueError(
