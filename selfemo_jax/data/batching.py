@@ -1,8 +1,8 @@
 """`PackedBatch`: the one form of a training batch, for SFT and RL.
 
 Sequences are laid into rows of a fixed number of tokens; everything is aligned to the targets here and never
-shifted again. Attention follows one rule (`model/attention.py`): a position sees its own segment and its prefix
-segment, up to itself.
+shifted again. Attention follows one rule (`model/attention.py`): a position sees its own segment and its
+prefix segment, up to itself.
 
 - ``separate``: one sequence in a row.
 - ``packed``: several sequences in a row, one segment each.
@@ -45,8 +45,8 @@ class TrainSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """Arrays ``[B, T]``, int32 for the first five and float32 for the rest; ``token_weights`` is 0 where there
-    is no target."""
+    """Arrays ``[B, T]``, int32 for the first five and float32 for the rest; ``token_weights`` is 0 where
+    there is no target."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -95,7 +95,8 @@ class _Unit:
 
 
 def pack(sequences: Sequence[TrainSequence], *, layout: Layout, row_tokens: int, micro_rows: int) -> Packed:
-    """Lay the sequences into rows of ``row_tokens``; empty rows make their number a multiple of ``micro_rows``.
+    """Lay the sequences into rows of ``row_tokens``; empty rows make their number a multiple of
+    ``micro_rows``.
 
     Units are placed longest first into the first row with room, which is deterministic. ValueError names a
     sequence that does not fit into a row.
@@ -143,7 +144,8 @@ def gather(values: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:
 
 
 def scatter(values: Sequence[np.ndarray], packed: Packed, *, fill: float) -> np.ndarray:
-    """The inverse of `gather`: float32 ``[B, T]`` with each sequence's values at its targets, else ``fill``."""
+    """The inverse of `gather`: float32 ``[B, T]`` with each sequence's values at its targets, else
+    ``fill``."""
     out = np.full(packed.batch.tokens.shape, fill, np.float32)
     for value, place in zip(values, packed.places, strict=True):
         out[place.row, place.start : place.start + place.length] = value

@@ -175,9 +175,21 @@ def layer_output(
     return x + matmul(gated, layer["down"])
 
 
-def embed_tokens(params: Params, compute: Compute, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the embedding table in the compute dtype."""
-    return jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
+def embed_tokens(
+    params: Params,
+    compute: Compute,
+    tokens: Int[Array, "B T"],
+    *,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Float[Array, "B T D"]:
+    """Rows of the embedding table in the compute dtype; ``sharding`` is that of the activations."""
+    table = params["embed"].astype(compute.dtype)
+    if sharding is not None:
+        # The table is gathered over its D before the look-up: rows cannot be moved from D-split to
+        # batch-split.
+        spec = jax.sharding.PartitionSpec("tp", None)
+        table = lax.with_sharding_constraint(table, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return jnp.take(table, tokens, axis=0)
 
 
 def cast_layer(layer: Params, compute: Compute) -> Params:
@@ -214,7 +226,7 @@ def forward(
         block = jax.checkpoint(block)
     elif compute.remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x = pin(embed_tokens(params, compute, tokens))
+    x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
     x, _ = lax.scan(block, x, params["layers"])
     return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
 

@@ -1,0 +1,293 @@
+"""The sharded update: state, gradients of one micro-batch, optimizer step, log-probs.
+
+A step is a sum: `Steps.rl_gradients` and `Steps.sft_gradients` add one micro-batch's gradient and metric sums
+to what came before, and `Steps.apply` takes the optimizer step once. Every weight of a token was decided on
+the host for the whole mini-batch (`algo.losses.token_weights`), so micro-batches, rows and devices only add.
+All functions compile once: micro-batches have one shape. Shape letters: B rows, T tokens, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from selfemo_jax.algo.losses import policy_loss, rollout_gap, sft_loss
+from selfemo_jax.config import Loss, Optim
+from selfemo_jax.data.batching import PackedBatch, micro_batches
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import (
+    Compute,
+    Params,
+    abstract_params,
+    forward,
+    init_params,
+    token_logprobs,
+)
+from selfemo_jax.model.sharding import batch_sharding, param_shardings
+
+Sums = dict[str, jax.Array]
+"""Metric name -> ``[2]``: a sum and what it is divided by in the end, float32; by nothing where that is 0."""
+
+
+@struct.dataclass
+class TrainState:
+    """Everything the optimizer changes; the update donates it."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    """Optimizer updates taken, int32 scalar."""
+
+
+@struct.dataclass
+class Accumulator:
+    """Gradient and metric sums of the micro-batches so far."""
+
+    gradients: Params
+    sums: Sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The compiled functions of one model on one mesh; see `make_steps`."""
+
+    mesh: Mesh
+    model: ModelConfig
+    param_shardings: Params
+    init_state: Callable[[Params], TrainState]
+    zeros: dict[str, Callable[[], Accumulator]]
+    sft_gradients: Callable[..., Accumulator]
+    rl_gradients: Callable[..., Accumulator]
+    apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    logprobs: Callable[[Params, dict[str, jax.Array]], jax.Array]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of an update was not finite; the state is what it was before the update."""
+
+
+def learning_rate(optim: Optim, *, step: int, total_steps: int) -> float:
+    """The rate of a phase's ``step`` (from 0): linear warm-up, then constant, cosine or linear decay to 0."""
+    warmup = optim.warmup * total_steps
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+    return optim.lr * (1.0 - progress) if optim.schedule == "linear" else optim.lr
+
+
+def make_optimizer(optim: Optim) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) after clipping by the global norm, without its rate, which each step
+    passes."""
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype="float32"),
+        optax.add_decayed_weights(optim.weight_decay),
+    )
+
+
+def born_sharded(model: ModelConfig, mesh: Mesh, *, seed: int, dtype: str) -> Params:
+    """Random weights, each device making only its own part. The draw does not depend on the mesh."""
+    shardings = param_shardings(model, mesh)
+    init = jax.jit(functools.partial(init_params, model, dtype=dtype), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def device_batch(batch: PackedBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch on the mesh, rows split over the data axes."""
+    arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return jax.device_put(arrays, batch_sharding(mesh, ndim=2))
+
+
+def make_steps(
+    model: ModelConfig,
+    compute: Compute,
+    mesh: Mesh,
+    *,
+    optim: Optim,
+    loss: Loss,
+    temperature: float,
+    logits_budget_mib: int,
+) -> Steps:
+    """Compile-once functions of a phase. ``temperature`` is the sampler's; SFT uses 1.
+
+    The logits budget is that of one device: its rows' float32 logits above it are computed in chunks.
+    """
+    weights = param_shardings(model, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    hidden_sharding = batch_sharding(mesh, ndim=3)
+    num_row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    budget = logits_budget_mib * 2**20 * num_row_shards
+    optimizer = make_optimizer(optim)
+
+    def batch_logprobs(params: Params, batch: dict[str, jax.Array], temperature: float):
+        hidden = forward(
+            params,
+            model,
+            compute,
+            tokens=batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            prefix_ids=batch["prefix_ids"],
+            sharding=hidden_sharding,
+        )
+        return token_logprobs(
+            params, model, compute, hidden, batch["targets"], temperature=temperature, budget_bytes=budget
+        )
+
+    def sft_objective(params, batch):
+        logprobs, entropy = batch_logprobs(params, batch, 1.0)
+        total, sums = sft_loss(logprobs, batch["token_weights"])
+        mask = batch["token_weights"] != 0
+        entropy = jnp.sum(jax.lax.stop_gradient(entropy), where=mask)
+        return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | {"entropy": (entropy, mask.sum())})
+
+    def rl_objective(params, batch, *, on_policy: bool):
+        logprobs, entropy = batch_logprobs(params, batch, temperature)
+        # With one update per batch the policy that sampled is the policy that is updated: the ratio is 1.
+        old_logprobs = jax.lax.stop_gradient(logprobs) if on_policy else batch["old_logprobs"]
+        total, sums = policy_loss(
+            logprobs,
+            old_logprobs,
+            batch["ref_logprobs"],
+            batch["advantages"],
+            batch["token_weights"],
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            clip_dual=loss.clip_dual,
+            kl_coef=loss.kl_coef,
+            kl_kind=loss.kl_kind,
+            entropy=entropy,
+            entropy_coef=loss.entropy_coef,
+            importance_weights=batch["importance_weights"],
+        )
+        mask = batch["token_weights"] != 0
+        gaps = rollout_gap(jax.lax.stop_gradient(old_logprobs), batch["rollout_logprobs"], mask)
+        return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | gaps)
+
+    def add(objective, params, accumulator, batch):
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        together = Accumulator(gradients=gradients, sums=sums)
+        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), accumulator, together)
+
+    out = Accumulator(gradients=weights, sums=whole)
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
+    def sft_gradients(params, accumulator, batch):
+        return add(sft_objective, params, accumulator, batch)
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames="on_policy")
+    def rl_gradients(params, accumulator, batch, *, on_policy: bool):
+        return add(functools.partial(rl_objective, on_policy=on_policy), params, accumulator, batch)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def apply(state: TrainState, accumulator: Accumulator, rate):
+        norm = optax.global_norm(accumulator.gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(accumulator.sums["loss"][0])
+        updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        return kept, {"grad_norm": norm, "finite": finite}
+
+    @jax.jit
+    def logprobs(params, batch):
+        return batch_logprobs(params, batch, temperature)[0]
+
+    def init_state(params: Params) -> TrainState:
+        """Moments of 0, laid out as the weights they belong to."""
+        abstract = jax.eval_shape(optimizer.init, params)
+        shardings = _like_params(abstract, params, weights, whole)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        return TrainState(
+            params=params, opt_state=opt_state, step=jax.device_put(jnp.zeros((), jnp.int32), whole)
+        )
+
+    abstract_batch = {
+        field.name: jax.ShapeDtypeStruct((num_row_shards, 16), jnp.int32 if i < 5 else jnp.float32)
+        for i, field in enumerate(fields(PackedBatch))
+    }
+    abstract_gradients, _ = abstract_params(model, dtype="float32")
+
+    def empty(objective) -> Callable[[], Accumulator]:
+        _, sums = jax.eval_shape(objective, abstract_gradients, abstract_batch)
+        shapes = Accumulator(gradients=abstract_gradients, sums=sums)
+        return jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=out
+        )
+
+    zeros = {"sft": empty(sft_objective), "rl": empty(functools.partial(rl_objective, on_policy=True))}
+
+    return Steps(
+        mesh=mesh,
+        model=model,
+        param_shardings=weights,
+        init_state=init_state,
+        zeros=zeros,
+        sft_gradients=sft_gradients,
+        rl_gradients=rl_gradients,
+        apply=apply,
+        logprobs=logprobs,
+    )
+
+
+def update(
+    steps: Steps,
+    state: TrainState,
+    batch: PackedBatch,
+    *,
+    kind: str,
+    micro_rows: int,
+    rate: float,
+    where: str,
+    on_policy: bool = True,
+) -> tuple[TrainState, dict[str, float]]:
+    """One optimizer update from the micro-batches of ``batch``; ``kind`` is ``sft`` or ``rl``.
+
+    Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError, which
+    names ``where`` (the step), leaves the weights untouched.
+    """
+    accumulator = steps.zeros[kind]()
+    for part in micro_batches(batch, micro_rows=micro_rows):
+        on_mesh = device_batch(part, steps.mesh)
+        if kind == "sft":
+            accumulator = steps.sft_gradients(state.params, accumulator, on_mesh)
+        else:
+            accumulator = steps.rl_gradients(state.params, accumulator, on_mesh, on_policy=on_policy)
+    sums = accumulator.sums
+    means = jax.tree.map(lambda pair: pair[0] / jnp.where(pair[1] > 0, pair[1], 1.0), sums)
+    state, checks = steps.apply(state, accumulator, rate)
+    metrics = {name: float(value) for name, value in jax.device_get(means | checks).items()}
+    if not metrics.pop("finite"):
+        raise NonFiniteError(
+            f"{where}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was not "
+            "taken. Lower the learning rate, or look at the step's rollouts"
+        )
+    return state, metrics
+
+
+def sequence_logprobs(steps: Steps, params: Params, batch: PackedBatch, *, micro_rows: int) -> np.ndarray:
+    """Log-probability of every target under ``params``, float32 ``[B, T]`` on the host."""
+    parts = micro_batches(batch, micro_rows=micro_rows)
+    pending = [steps.logprobs(params, device_batch(part, steps.mesh)) for part in parts]
+    return np.concatenate(jax.device_get(pending), axis=0)
+
+
+def _pairs(sums: dict[str, tuple[jax.Array, jax.Array]]) -> Sums:
+    return {name: jnp.stack([jnp.float32(total), jnp.float32(num)]) for name, (total, num) in sums.items()}
+
+
+def _like_params(abstract: Any, params: Params, shardings: Params, whole: NamedSharding) -> Any:
+    """Shardings for an optimizer state: a subtree shaped like the parameters lies as they do, the rest is
+    whole."""
+    structure = jax.tree.structure(params)
+    is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+    return jax.tree.map(lambda node: shardings if is_params(node) else whole, abstract, is_leaf=is_params)
