@@ -25,7 +25,7 @@ class Rule:
     hf_dims: str
     dims: str
     only: str = ""
-    """Which models have it: all (empty), or those with ``qk_norm``, ``attention_bias``, an ``untied`` head."""
+    """Which models have it: all (empty), or those with ``qk_norm``, ``attention_bias``, ``untied``."""
 
     @property
     def stacked(self) -> bool:
@@ -67,6 +67,18 @@ class Slot:
     layer: int | None
     shape: tuple[int, ...]
     """Its shape as Hugging Face has it."""
+
+    @property
+    def row_dim(self) -> int:
+        """Which of our dimensions holds the rows of an unstacked tensor."""
+        return self.rule.dims.split().index(self.rule.hf_dims.split()[0])
+
+    def index(self, rows: slice | None = None) -> tuple[int | slice, ...]:
+        """Where the tensor lies in our array: its layer, or these rows (None for all) of an unstacked one."""
+        if self.layer is not None:
+            return (self.layer,)
+        part = slice(0, self.shape[0]) if rows is None else rows
+        return tuple(part if dim == self.row_dim else slice(None) for dim in range(len(self.shape)))
 
 
 def active_rules(config: ModelConfig) -> tuple[Rule, ...]:

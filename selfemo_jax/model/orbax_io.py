@@ -25,7 +25,7 @@ _ROWS_BYTES = 64 * 2**20
 
 
 def shard_shape(shape: tuple[int, ...], *, stacked: bool, itemsize: int) -> tuple[int, ...]:
-    """What lies in one file: a layer of a stacked weight, a block of the longer dimension of a large table."""
+    """What lies in one file: a layer of a stacked weight, or a block of the longer dimension of a table."""
     if stacked:
         return (1, *shape[1:])
     size = int(np.prod(shape)) * itemsize
@@ -48,7 +48,7 @@ def _chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def create_array(folder: Path, path: str, *, shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> Any:
-    """An empty zarr3 array (a `tensorstore.TensorStore`) for the parameter ``path`` (dotted) in ``folder``."""
+    """An empty zarr3 array (a `tensorstore.TensorStore`) for the parameter with this dotted path."""
     import tensorstore as ts
 
     dtype = np.dtype(dtype)
@@ -109,7 +109,7 @@ def write_metadata(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def open_arrays(folder: Path) -> dict[str, Any]:
-    """Dotted path -> open `tensorstore.TensorStore` of each leaf; ValueError where this is no Orbax checkpoint."""
+    """Dotted path -> open `tensorstore.TensorStore` of each leaf; ValueError where this is no checkpoint."""
     import tensorstore as ts
 
     path = folder / METADATA_NAME
