@@ -1,0 +1,109 @@
+"""What is written for resuming, and weights for use.
+
+`StateStore` keeps the newest training states with Orbax: parameters and optimizer as sharded arrays,
+everything else (position, iterator, lengths and digests of the logs, best score) as one JSON beside them.
+Orbax commits a state by a rename, so a state is whole or not there. `save_weights` writes a converted folder
+that `evaluate`, `predict`, a later phase and `tools/convert_hf.py` read.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Params
+from selfemo_jax.model.weights import PARAMS_NAME
+from selfemo_jax.train_step import TrainState
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class StateStore:
+    """The newest states under ``folder``; close it so that the last one is on disk and its errors are
+    seen."""
+
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=asynchronous, create=True
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, global_step: int, state: TrainState | None, meta: dict[str, Any]) -> None:
+        """Write a state; errors of the write before surface here. ``state`` is None where no weights
+        change."""
+        items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta)}
+        if state is not None:
+            items["state"] = ocp.args.StandardSave(state)
+        self._manager.save(global_step, args=ocp.args.Composite(**items))
+
+    def steps(self) -> list[int]:
+        """Global steps that have a state, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def meta(self, global_step: int) -> dict[str, Any]:
+        """The JSON part of a state."""
+        restored = self._manager.restore(global_step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return restored["meta"]
+
+    def restore(self, global_step: int, like: TrainState) -> TrainState:
+        """The arrays of a state, laid out as ``like`` (arrays or `jax.ShapeDtypeStruct` with shardings)."""
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(global_step, args=args)["state"]
+
+    def wait(self) -> None:
+        """Until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the last write; its error, if any, is raised."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def save_weights(
+    folder: Path, params: Params, model: ModelConfig, *, tokenizer: Path, certificate: dict[str, Any]
+) -> None:
+    """Write a converted folder: ``config.json``, the tokenizer's files, the parameters in Orbax's layout.
+
+    Written aside and renamed; an existing folder is replaced only when the new one is whole.
+    """
+    folder = folder.absolute()
+    part = folder.parent / f".{folder.name}.partial"
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+        checkpointer.save(part / PARAMS_NAME, args=ocp.args.PyTreeSave(params))
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, part / name)
+    config = model.to_hf()
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    leaf = jax.tree.leaves(params)[0]
+    (part / "config.json").write_text(json.dumps(config | {key: str(leaf.dtype)}, indent=1) + "\n")
+    (part / "certificate.json").write_text(json.dumps({"format": 1} | certificate, indent=1) + "\n")
+    if folder.exists():
+        old = folder.parent / f".{folder.name}.old"
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old)
+    else:
+        part.rename(folder)

@@ -1,0 +1,101 @@
+"""The stream of training inputs: a Grain pipeline that is deterministic, resumable and sharded by host.
+
+Each source (a data set, or its synthetic inputs) is shuffled anew in every pass and never ends; the mixture
+takes from them in fixed proportions, so that a batch holds what the weights say to within one item per
+source. The iterator's whole state is the index of the next batch.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from selfemo_jax.data.inputs import Sample
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Items of one step, and the iterator's state after them (what a checkpoint of that step records)."""
+
+    items: tuple[Any, ...]
+    state: Mapping[str, Any]
+
+
+def mixture_weights(
+    sizes: Mapping[str, int], *, kind: str, temperature: float, weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Share of each source, summing to 1: by size, by size^(1/temperature), or as named.
+
+    ValueError where ``weights`` names a source that is not there, leaves one out, or is not positive.
+    """
+    if kind == "weights":
+        if set(weights) != set(sizes):
+            raise ValueError(
+                f"data.mixture.weights names {sorted(weights)}, the run has {sorted(sizes)}; name each once"
+            )
+        raw = {name: float(weights[name]) for name in sizes}
+        if min(raw.values()) <= 0:
+            raise ValueError(f"data.mixture.weights: expected numbers above 0, found {dict(weights)}")
+    else:
+        exponent = 1.0 / temperature if kind == "temperature" else 1.0
+        raw = {name: size**exponent for name, size in sizes.items()}
+    total = sum(raw.values())
+    return {name: value / total for name, value in raw.items()}
+
+
+def with_floor(weights: Mapping[str, float], *, floor: Mapping[str, float]) -> dict[str, float]:
+    """Weights with a least share for some sources, the others scaled down to make room; still summing to
+    1."""
+    raised = {name: max(weights[name], floor[name]) for name in floor if name in weights}
+    rest = {name: value for name, value in weights.items() if name not in raised}
+    room = 1.0 - sum(raised.values())
+    if rest and room <= 0:
+        raise ValueError(f"sources {sorted(raised)} ask for {sum(raised.values()):.2f} of a batch, at most 1")
+    total = sum(rest.values())
+    return {name: raised.get(name, value * room / total if total else 0.0) for name, value in weights.items()}
+
+
+def input_stream(
+    sources: Mapping[str, Sequence[Sample]],
+    weights: Mapping[str, float],
+    encode: Callable[[Sample], Item],
+    *,
+    batch_size: int,
+    seed: int,
+    state: Mapping[str, Any] | None = None,
+    num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Endless batches of ``encode(sample)``. ``state`` continues after the batch that carried it. ``shard``
+    is (this host, number of hosts): each host reads every n-th item of the same stream."""
+    import grain
+
+    names = sorted(name for name in sources if sources[name])
+    if not names:
+        raise ValueError(
+            "no training inputs: every source is empty; check data.sets, data.rule and data.root"
+        )
+    parts = [
+        grain.MapDataset.source(sources[name]).seed(seed + position).shuffle().repeat()
+        for position, name in enumerate(names)
+    ]
+    mixed = grain.MapDataset.mix(parts, [weights[name] for name in names]) if len(parts) > 1 else parts[0]
+    dataset = mixed[shard[0] :: shard[1]].map(encode).batch(batch_size, batch_fn=tuple).to_iter_dataset()
+    if num_workers:
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_no_accelerator)
+    iterator = iter(dataset)
+    if state is not None:
+        iterator.set_state(dict(state))
+    while True:
+        items = next(iterator)
+        yield Batch(items=items, state=iterator.get_state())
+
+
+def _no_accelerator(worker: int, num_workers: int) -> None:
+    """A reader process must never hold a GPU, whatever a library that it imports does."""
+    del worker, num_workers
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,0 +1,128 @@
+"""The plan of a run as data, and the folder that each finished phase leaves.
+
+`plan` turns the configuration into the tuple of phases of Algorithm 1. A finished phase leaves
+``phases/NN_name/``: its weights as a converted folder, ``phase.json`` (steps, scores, the state of the logs)
+and, last of all, ``DONE``. What has no ``DONE`` did not happen.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from selfemo_jax.runlog import atomic_write
+
+from selfemo_jax.config import Config
+
+BASE = "base"
+ORIGINAL = "original"
+DONE = "DONE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of a run with one optimizer, one schedule and one reference policy.
+
+    Example: ``Phase(index=1, kind="rl", name="rl_1", iteration=1, init="cold", buffer=("original",))``.
+    """
+
+    index: int
+    kind: Literal["sft", "rl", "harvest"]
+    name: str
+    iteration: int
+    init: str
+    """Name of the phase whose weights it starts from, and which is its frozen reference; ``base`` is before
+    all."""
+    buffer: tuple[str, ...]
+    """What its inputs are drawn from: ``original``, and the harvests by name."""
+    steps: int | None = None
+    """Steps that the configuration fixes; None means epochs over the buffer."""
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder under ``phases/``."""
+        return f"{self.index:02d}_{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run is: ``step`` steps of phase ``phase`` are done, ``global_step`` over all phases."""
+
+    phase: int
+    step: int
+    global_step: int
+
+
+def plan(config: Config) -> tuple[Phase, ...]:
+    """The phases of method 3.2: cold start, then per iteration RL, harvest and (by `retrain.method`) SFT,
+    then the final RL, whose buffer holds the last harvest."""
+    phases: list[Phase] = []
+
+    def add(kind, name, iteration, init, buffer, steps=None) -> str:
+        phases.append(
+            Phase(
+                index=len(phases),
+                kind=kind,
+                name=name,
+                iteration=iteration,
+                init=init,
+                buffer=buffer,
+                steps=steps,
+            )
+        )
+        return name
+
+    wheel, retrain, rl_steps = config.flywheel, config.flywheel.retrain, config.rl.steps
+    cold = BASE
+    if config.cold_start.source != "none":
+        cold = add("sft", "cold", 0, BASE, (ORIGINAL,))
+    harvests: list[str] = []
+    current = cold
+    for iteration in range(1, wheel.iterations + 2):
+        final = iteration == wheel.iterations + 1
+        buffer = (ORIGINAL, *harvests)
+        init = {"base": BASE, "cold": cold, "current": current}[retrain.init] if harvests else cold
+        if harvests and retrain.method != "grpo":
+            init = current = add("sft", f"sft_{iteration}", iteration, init, tuple(harvests))
+        if not harvests or retrain.method != "sft":
+            current = add("rl", "rl_final" if final else f"rl_{iteration}", iteration, init, buffer, rl_steps)
+        if not final:
+            harvests.append(add("harvest", f"harvest_{iteration}", iteration, current, buffer))
+    return tuple(phases)
+
+
+def phase_dir(run_dir: Path, phase: Phase) -> Path:
+    """Folder of a phase."""
+    return run_dir / "phases" / phase.folder
+
+
+def is_done(run_dir: Path, phase: Phase) -> bool:
+    """Whether the phase finished: its marker is written after everything else."""
+    return (phase_dir(run_dir, phase) / DONE).exists()
+
+
+def first_open(run_dir: Path, phases: tuple[Phase, ...]) -> int:
+    """Index of the first phase that is not done; ``len(phases)`` when all are."""
+    return next((phase.index for phase in phases if not is_done(run_dir, phase)), len(phases))
+
+
+def begin(run_dir: Path, phase: Phase) -> Path:
+    """An empty folder for the phase; what an interrupted attempt left is removed."""
+    folder = phase_dir(run_dir, phase)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def finish(run_dir: Path, phase: Phase, record: dict[str, Any]) -> None:
+    """Write the phase's record, then its marker."""
+    folder = phase_dir(run_dir, phase)
+    atomic_write(folder / "phase.json", json.dumps(record, indent=1) + "\n")
+    atomic_write(folder / DONE, "")
+
+
+def record_of(run_dir: Path, phase: Phase) -> dict[str, Any]:
+    """The record of a finished phase."""
+    return json.loads((phase_dir(run_dir, phase) / "phase.json").read_text())
