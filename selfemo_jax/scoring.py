@@ -4,6 +4,7 @@ step.
 Shape letters: P prompts, G rollouts of a prompt, C classes (label slots, the last for unknown labels).
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.rollout.engine import Completion, Group
 
 from selfemo_jax.algo.advantages import scaled_advantages, share_flat, share_r2_only
 from selfemo_jax.algo.consensus import (
@@ -32,10 +35,8 @@ from selfemo_jax.algo.rewards import (
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.grammar import Answer, parse
-from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array
 from selfemo_jax.data.prompts import Prompt
-from selfemo_jax.rollout.engine import Completion, Group
 
 Scorer = Callable[..., dict[str, jax.Array]]
 
@@ -64,6 +65,7 @@ def make_scorer(config: Config) -> Scorer:
     """The reward, consensus and advantage kernels of this run as one compiled function of
     ``(pred [P, G, C], gold [P, C], valid [P, G], present [P, G], class_mask [P, C], step, total_steps)``."""
     settings, preset = config.reward, reward_preset(config.reward.preset)
+    preset = dataclasses.replace(preset, form=settings.combine or preset.form)
     presence = preset.presence if settings.presence is None else settings.presence
     lambda_max = preset.lambda_max if settings.lambda_max is None else settings.lambda_max
     custom = load_reward(settings.function) if settings.function else None
@@ -86,16 +88,39 @@ def make_scorer(config: Config) -> Scorer:
             schedule = settings.lambda_schedule
             weight = reward_weight(step, total_steps, lambda_max=lambda_max, schedule=schedule)
             rewards = combine(
-                r1, r2, step=step, total_steps=total_steps, preset=preset, lambda_max=lambda_max,
-                schedule=schedule )  # fmt: skip advantages = scaled_advantages( r1, r2, rewards, weight,
-                present, scale=config.advantages.scale, kind=config.advantages.kind,
-                eps=config.advantages.eps, )  # fmt: skip distribution = core_distribution(pred, valid, mask)
-                core = core_set(distribution, top_k=settings.top_k) only, only_share = share_r2_only(r1, r2,
-                advantages, present) return { "r1": r1, "r2": r2, "rewards": rewards, "advantages":
-                advantages, "reward/lambda": weight, "reward/r1_r2_correlation": reward_correlation(r1, r2,
-                present), "group/zero_variance": share_flat(rewards, present), "group/share_r2_only": only,
-                "group/share_r2_only_of_advantage": only_share, "group/core_excludes_gold":
-                jnp.mean(core_excludes_gold(core, gold)), }
+                r1,
+                r2,
+                step=step,
+                total_steps=total_steps,
+                preset=preset,
+                lambda_max=lambda_max,
+                schedule=schedule,
+            )
+        advantages = scaled_advantages(
+            r1,
+            r2,
+            rewards,
+            weight,
+            present,
+            scale=config.advantages.scale,
+            kind=config.advantages.kind,
+            eps=config.advantages.eps,
+        )
+        distribution = core_distribution(pred, valid, mask)
+        core = core_set(distribution, top_k=settings.top_k)
+        only, only_share = share_r2_only(r1, r2, advantages, present)
+        return {
+            "r1": r1,
+            "r2": r2,
+            "rewards": rewards,
+            "advantages": advantages,
+            "reward/lambda": weight,
+            "reward/r1_r2_correlation": reward_correlation(r1, r2, present),
+            "group/zero_variance": share_flat(rewards, present),
+            "group/share_r2_only": only,
+            "group/share_r2_only_of_advantage": only_share,
+            "group/core_excludes_gold": jnp.mean(core_excludes_gold(core, gold)),
+        }
 
     return score
 
