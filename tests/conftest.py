@@ -1,0 +1,54 @@
+"""Settings of all tests: eight simulated CPU devices, shape checks of the kernels, the optional real data."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA ends the process when one simulated device is a minute late, which happens on a loaded machine.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=3600",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Kept for the whole session: modules imported from here on check the shapes and types of their annotations.
+SHAPE_CHECKS = install_import_hook(
+    ["selfemo_jax.algo", "selfemo_jax.model", "selfemo_jax.train_step"], "beartype.beartype"
+)
+
+ROOT = str(Path(__file__).resolve().parents[1])
+if ROOT not in sys.path:
+    # Helpers beside the tests are imported as tests.<area>.<name>.
+    sys.path.insert(0, ROOT)
+
+NO_DATA = (
+    "SELFEMO_DATA is not set to a folder with meld/ and emorynlp/; "
+    "`python tools/data.py fetch` says where the files come from"
+)
+
+
+@pytest.fixture(scope="session")
+def selfemo_data() -> Path:
+    """The folder of the real corpora, from SELFEMO_DATA; skips the test without it."""
+    folder = os.environ.get("SELFEMO_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(f"{NO_DATA} (found {folder!r})")
+    return Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    lacking = sorted(r.nodeid for r in skipped if "SELFEMO_DATA" in str(r.longrepr))
+    if lacking:
+        terminalreporter.section("skipped for missing data")
+        terminalreporter.write_line(f"{len(lacking)} tests skipped: {NO_DATA}")
+        for nodeid in lacking:
+            terminalreporter.write_line(f"  {nodeid}")
