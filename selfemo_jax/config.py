@@ -7,31 +7,36 @@ fields say together. Nothing here touches a file or a device.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-__all__ = [
-    "Advantages",
-    "Batch",
-    "Checkpoint",
-    "ColdStart",
-    "Config",
-    "DataSection",
-    "Eval",
-    "Flywheel",
-    "Log",
-    "Loss",
-    "Mixture",
-    "ModelSection",
-    "Optim",
-    "OutputSection",
-    "Retrain",
-    "Reward",
-    "RL",
-    "Rollout",
-    "Shape",
-    "parse_mesh",
-]
 
+@dataclass(frozen=True)
+class Bounds:
+    """The values a number may take; part of its annotation."""
+
+    words: str
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Whether the value is finite and inside; NaN never is."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+Count = Annotated[int, Bounds("1 or more", low=1)]
+Natural = Annotated[int, Bounds("0 or more", low=0)]
+Finite = Annotated[float, Bounds("a finite number")]
+NotNegative = Annotated[float, Bounds("0 or more", low=0)]
+Positive = Annotated[float, Bounds("above 0", low=0, open_low=True)]
+Share = Annotated[float, Bounds("from 0 to 1", low=0, high=1)]
+Decay = Annotated[float, Bounds("from 0 to below 1", low=0, high=1, open_high=True)]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -39,19 +44,19 @@ DType = Literal["float32", "bfloat16"]
 class Shape:
     """The decoder that is made when no checkpoint is named; the vocabulary comes from the tokenizer."""
 
-    num_layers: int = 4
+    num_layers: Count = 4
     """Decoder blocks."""
-    embed_dim: int = 128
+    embed_dim: Count = 128
     """D, width of the residual stream."""
-    mlp_dim: int = 384
+    mlp_dim: Count = 384
     """F, width inside the gated MLP."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """N, query heads; a multiple of num_kv_heads."""
-    num_kv_heads: int = 2
+    num_kv_heads: Count = 2
     """K, key-value heads."""
-    head_dim: int = 32
+    head_dim: Count = 32
     """H, size of a head; even."""
-    rope_theta: float = 1e4
+    rope_theta: Positive = 1e4
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
@@ -79,7 +84,7 @@ class ModelSection:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     attention: Literal["auto", "dense", "blocked"] = "auto"
     """Attention backend; auto takes blocked for long rows."""
-    logits_budget_mib: int = 256
+    logits_budget_mib: Count = 256
     """MiB of logits one device may hold at once; above it the head runs in chunks that are recomputed."""
 
 
@@ -89,7 +94,7 @@ class Mixture:
 
     kind: Literal["proportional", "temperature", "weights"] = "proportional"
     """By size, by size**(1/temperature), or by `weights`."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """1 is proportional; larger is flatter. Only for kind temperature."""
     weights: dict[str, float] = field(default_factory=dict)
     """Data set name -> relative weight. Only for kind weights."""
@@ -111,15 +116,15 @@ class DataSection:
     """Write speakers by name or as Speaker 1, Speaker 2."""
     mixture: Mixture = field(default_factory=Mixture)
     """How often each data set is drawn."""
-    max_prompt: int = 512
+    max_prompt: Count = 512
     """Tokens; the oldest turns of a longer prompt are dropped."""
-    max_items: int | None = None
+    max_items: Count | None = None
     """Training inputs used, chosen by the seed; null: all."""
     persona: bool = True
     """Tell the responder's persona where one is known."""
     shuffle_gold: bool = False
     """Control arm: permute the gold labels among the training inputs."""
-    num_workers: int = 0
+    num_workers: Natural = 0
     """Reader processes; 0 reads in the training process."""
     dev_split: str = "dev"
     """Split that selects checkpoints."""
@@ -129,7 +134,7 @@ class DataSection:
 class OutputSection:
     """What the policy is asked to write."""
 
-    max_labels: int = 3
+    max_labels: Count = 3
     """Emotions an answer may list."""
     prompt_style: Literal["full", "brief"] = "full"
     """Complete rules with an example, for pretrained models, or a short form for small ones."""
@@ -139,21 +144,21 @@ class OutputSection:
 class Optim:
     """AdamW (arXiv:1711.05101)."""
 
-    lr: float = 1e-6
+    lr: NotNegative = 1e-6
     """Peak learning rate."""
-    b1: float = 0.9
+    b1: Decay = 0.9
     """Decay of the first moment."""
-    b2: float = 0.999
+    b2: Decay = 0.999
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled decay, of every parameter."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Global norm at which gradients are clipped."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: hold, or decay to zero at the phase's end."""
-    warmup: float = 0.0
+    warmup: Share = 0.0
     """Share of the phase's steps that rises linearly from zero."""
 
 
@@ -167,11 +172,11 @@ class ColdStart:
 
     source: Literal["human", "none"] = "human"
     """human: targets made from gold labels and the real next turn; none: no cold start."""
-    num: int | None = None
+    num: Count | None = None
     """Inputs used; null: all that can be made."""
-    epochs: float = 2.0
+    epochs: Positive = 2.0
     """Passes over those inputs."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Examples per optimizer step."""
     optim: Optim = field(default_factory=_sft_optim)
     """Learning rate and schedule of SFT."""
@@ -184,19 +189,19 @@ class Reward:
     preset: Literal["paper", "robust", "convex"] = "paper"
     """paper: r1 + (t/T) r2, any listed weight counts as present; robust: lambda_max 0.5, presence 0.05;
     convex: (1 - lambda) r1 + lambda r2."""
-    lambda_max: float | None = None
+    lambda_max: NotNegative | None = None
     """Weight of r2 at the phase's last step; null: the preset's."""
-    presence: float | None = None
+    presence: Share | None = None
     """Share of an answer's weight a label needs to count as named; null: the preset's."""
     combine: Literal["additive", "convex"] | None = None
     """r1 + lambda r2, or their weighted mean; null: the preset's."""
     lambda_schedule: Literal["linear", "constant"] = "linear"
     """lambda_max t/T, or lambda_max from the first step."""
-    top_k: int = 3
+    top_k: Count = 3
     """Size of the core emotion set."""
     consensus: Literal["count", "mass", "off"] = "count"
     """r2 counts the core labels an answer names, adds their weights, or is not used."""
-    fail_value: float = 0.0
+    fail_value: Finite = 0.0
     """Reward of an answer outside the grammar."""
     function: str | None = None
     """A reward of your own in place of r1, as package.module:function."""
@@ -212,7 +217,7 @@ class Advantages:
     """GRPO (mean removed, over the standard deviation), Dr. GRPO (mean removed), RLOO."""
     scale: Literal["reward", "r1", "parts"] = "reward"
     """Whose deviation normalises: the total's, r1's alone, or each part by its own."""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     """Added to the deviation."""
 
 
@@ -220,27 +225,27 @@ class Advantages:
 class Loss:
     """The clipped policy objective with a KL term to the phase's frozen reference."""
 
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Bounds("above 0 and at most 1", low=0, high=1, open_low=True)] = 0.2
     """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: Positive = 0.2
     """The ratio is clipped above at 1 + clip_high."""
-    clip_dual: float | None = 3.0
+    clip_dual: Annotated[float, Bounds("above 1, or null", low=1, open_low=True)] | None = 3.0
     """For negative advantages the loss is at most this times -advantage; null: no bound."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"
     """How token losses of a mini-batch become one number."""
-    norm_constant: float | None = None
+    norm_constant: Positive | None = None
     """Divisor of seq-mean-token-sum-norm; null: rollout.max_tokens."""
-    kl_coef: float = 1e-3
+    kl_coef: NotNegative = 1e-3
     """Weight of the KL term; 0 keeps no reference policy."""
     kl_kind: Literal["k1", "k2", "k3", "k1+", "k2+", "k3+"] = "k3"
     """KL estimator (k3 is verl's low_var_kl); + takes the gradient of k2 with the value of the named one."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of the entropy bonus."""
     importance: Literal["off", "token", "sequence"] = "off"
     """Truncated importance weights of trainer over sampler log-probs."""
-    importance_cap: float = 2.0
+    importance_cap: Positive = 2.0
     """Where those weights are truncated."""
 
 
@@ -248,17 +253,17 @@ class Loss:
 class RL:
     """Sizes of a GRPO phase; prompts, not sequences, are counted."""
 
-    prompts_per_step: int = 64
+    prompts_per_step: Count = 64
     """P, prompts sampled per step."""
-    mini_prompts: int = 32
+    mini_prompts: Count = 32
     """Prompts per optimizer update; divides prompts_per_step."""
-    group_size: int = 8
+    group_size: Count = 8
     """G, rollouts per prompt."""
-    epochs: float = 3.0
+    epochs: Positive = 3.0
     """Passes over the phase's buffer."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps of each RL phase in place of epochs; null: from epochs."""
-    updates_per_batch: int = 1
+    updates_per_batch: Count = 1
     """Passes over one step's rollouts (PPO epochs)."""
     layout: Literal["shared_prefix", "packed", "separate"] = "shared_prefix"
     """A row holds a prompt once with its completions, or several whole sequences, or one."""
@@ -268,9 +273,9 @@ class RL:
 class Batch:
     """The rows of a training micro-batch."""
 
-    row_tokens: int = 1024
+    row_tokens: Count = 1024
     """T, length of a row."""
-    micro_rows: int = 8
+    micro_rows: Count = 8
     """B, rows of a micro-batch over the whole mesh; a multiple of the data axes."""
 
 
@@ -280,23 +285,23 @@ class Rollout:
 
     engine: Literal["jax", "vllm"] = "jax"
     """The sampler in this process, or a vLLM sidecar."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the softmax, for sampling and for the trainer's log-probs alike."""
-    max_tokens: int = 256
+    max_tokens: Count = 256
     """Longest completion."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Must stay 0 (off): truncated sampling breaks the recorded log-probs."""
     top_p: float = 1.0
     """Must stay 1 (off), for the same reason."""
-    max_rows: int = 128
+    max_rows: Count = 128
     """Completions decoded at once."""
-    overlap: int = 0
+    overlap: Natural = 0
     """Steps the sampler may run ahead of the trainer."""
     replay: str | None = None
     """Run folder whose recorded rollouts are used instead of sampling."""
     keep: str = "all"
     """Rollout files kept: all, last N or every N."""
-    max_lost: float = 0.05
+    max_lost: Share = 0.05
     """Share of a step's groups that may be lost before the run stops."""
 
 
@@ -314,21 +319,21 @@ class Retrain:
 class Flywheel:
     """Self-play: accepted best rollouts become new labelled inputs."""
 
-    iterations: int = 1
+    iterations: Natural = 1
     """Rounds of RL, play and harvest before the final RL phase; 0: no self-play."""
-    n_syn: int = 8000
+    n_syn: Count = 8000
     """Synthetic inputs kept per iteration at most."""
-    tau: float = 0.5
+    tau: Share = 0.5
     """Least r1 of an accepted rollout."""
     harvest: Literal["sample", "replay"] = "sample"
     """Sample anew with the frozen policy, or take the training rollouts of the last max_age steps."""
-    max_age: int = 50
+    max_age: Count = 50
     """Steps; only for harvest replay."""
-    max_depth: int = 3
+    max_depth: Count = 3
     """Generated turns a dialogue may carry."""
-    max_share: float = 0.5
+    max_share: Share = 0.5
     """Share of synthetic inputs in the RL buffer at most."""
-    heldout: float = 0.05
+    heldout: Share = 0.05
     """Share of synthetic inputs, by root dialogue, kept out of training for evaluation."""
     retrain: Retrain = field(default_factory=Retrain)
     """What the next iteration starts from."""
@@ -338,13 +343,13 @@ class Flywheel:
 class Eval:
     """Greedy scoring during and after training."""
 
-    every: int = 10
+    every: Natural = 10
     """Steps between dev scores; 0: only at the end of a phase."""
-    max_items: int = 500
+    max_items: Count = 500
     """Dev inputs per score during training, fixed by the seed."""
     persona: Literal["none", "given"] = "none"
     """Leave the persona out at evaluation, or give it where the data has one."""
-    batch_rows: int = 128
+    batch_rows: Count = 128
     """Prompts decoded at once."""
     final_splits: list[str] = field(default_factory=lambda: ["dev", "test"])
     """Splits scored whole when training ends."""
@@ -354,9 +359,9 @@ class Eval:
 class Checkpoint:
     """States written for resuming."""
 
-    every: int = 50
+    every: Count = 50
     """Steps between states."""
-    keep: int = 2
+    keep: Count = 2
     """Newest states kept; the best by dev score is kept apart."""
     asynchronous: bool = True
     """Write while training goes on."""
@@ -378,13 +383,13 @@ class Config:
 
     run_dir: str | None = None
     """Folder of everything the run writes; null: runs/<name of the config file>."""
-    seed: int = 0
+    seed: Natural = 0
     """Every random draw comes from it."""
     mesh: str = "1"
     """Devices: 8 means fsdp=8; or name the axes, as fsdp=4,tp=2."""
     platform: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to run; auto takes what JAX finds first."""
-    time_limit: float | None = None
+    time_limit: Positive | None = None
     """Minutes after which training stops cleanly and is scored; null: none."""
     note: str = ""
     """Words stamped on every score."""

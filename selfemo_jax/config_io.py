@@ -1,0 +1,371 @@
+"""Settings from YAML and the command line, and back to YAML: jsonargparse reads, the messages are ours."""
+
+import difflib
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from selfemo_jax.config import Config
+from selfemo_jax.config_check import validate
+
+__all__ = ["Command", "Flag", "config_folder", "load_config", "parse_config", "read_config", "to_yaml"]
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag of one command that is not a setting of the run."""
+
+    help: str
+    type: type = str
+    default: Any = None
+    required: bool = False
+    switch: bool = False
+    """True: takes no value; present means True."""
+    positional: bool = False
+    """True: an argument without dashes; optional unless `required`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What the command line says beside the settings."""
+
+    config_file: Path | None = None
+    """The YAML file that was read."""
+    resume: Literal["latest", "auto"] | None = None
+    """latest: there must be a run to resume; auto: resume it if there is one; None: a new run."""
+    dry_run: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The command's own flags by name."""
+
+
+def load_config(
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    flags: Mapping[str, Flag] | None = None,
+    base: Callable[[Command], Path | None] | None = None,
+) -> tuple[Config, Command]:
+    """Settings and flags of one command.
+
+    The file is --config's; else what `base` returns, given the flags; else with --resume the run folder's own
+    config.yaml; else the bundled tiny.yaml. The command line is laid over it, `run_dir` is filled in and the
+    whole is validated. --help prints and exits. ValueError names the key, where it stands and what to write.
+    """
+    flags = flags or {}
+    parser = _parser(prog, description, flags)
+    argv = list(argv)
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    overrides = _check_command_line(argv, flags)
+    typed = _parse_command_line(parser, argv, overrides)
+    command = Command(
+        resume=typed["resume"], dry_run=typed["dry_run"], extra={name: typed[name] for name in flags}
+    )
+
+    if typed["config"] is not None:
+        path = _find_config(typed["config"])
+    else:
+        saved = Path(typed["run_dir"] or "") / "config.yaml"
+        resumed = saved if command.resume and typed["run_dir"] and saved.is_file() else None
+        path = (base and base(command)) or resumed or config_folder() / "tiny.yaml"
+    settings = _laid_over(_read_yaml(path), _typed_overrides(typed, overrides))
+    config = _build(parser, settings, where=str(path))
+    if config.run_dir is None:
+        config = replace(config, run_dir=str(Path("runs") / path.stem))
+    sources = f"{path} and the {COMMAND_LINE}" if overrides else str(path)
+    validate(config, where=sources)
+    return config, replace(command, config_file=path)
+
+
+def read_config(path: Path) -> Config:
+    """The settings in one YAML file, validated; what it leaves out has the default."""
+    return parse_config(_read_yaml(path), where=str(path))
+
+
+def parse_config(settings: Mapping[str, Any], *, where: str = "settings") -> Config:
+    """A validated Config from nested mappings as YAML gives them; `where` opens each error message."""
+    config = _build(_parser("settings", "", {}), _checked_keys(settings, where), where=where)
+    validate(config, where=where)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting as YAML; `read_config` gives an equal Config back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def config_folder() -> Path:
+    """The bundled configs: inside an installed package, else beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.parent == Path("configs") or len(path.parts) == 1:
+        bundled = config_folder() / path.name
+        if bundled.is_file():
+            return bundled
+    known = sorted(f"configs/{p.relative_to(config_folder())}" for p in config_folder().rglob("*.yaml"))
+    near = _nearest(name, known)
+    raise ValueError(
+        f"{COMMAND_LINE}: --config {name}: no such file; {near or 'bundled: ' + ', '.join(known)}"
+    )
+
+
+# ---- the tree as keys ----
+
+
+def _leaves(section: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> annotated type, of every setting that is not itself a section."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(section).items():
+        if is_dataclass(hint):
+            found |= _leaves(hint, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+LEAVES = _leaves(Config)
+SECTIONS = {key.rsplit(".", n)[0] for key in LEAVES for n in range(1, key.count(".") + 1)}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """`did you mean X?`, or nothing when no known key resembles the name."""
+    last = name.rsplit(".", 1)[-1]
+    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        lasts = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+        close = [lasts[match] for match in difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)]
+    return f"did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _unknown(name: str, known: Sequence[str], where: str) -> ValueError:
+    near = _nearest(name, known) or f"known here: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    return ValueError(f"{where}: unknown key {name}; {near}")
+
+
+def _checked_keys(settings: Any, where: str, prefix: str = "") -> dict[str, Any]:
+    """The same mapping with empty sections left out, once every key in it is known."""
+    if not isinstance(settings, Mapping):
+        name = f"section {prefix[:-1]}" if prefix else "the file"
+        raise ValueError(f"{where}: {name} holds {settings!r}; expected key: value lines")
+    checked: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key in SECTIONS:
+            if value is not None:
+                checked[name] = _checked_keys(value, where, key + ".")
+        elif key in LEAVES:
+            checked[name] = _as_text(value, LEAVES[key])
+        elif key.removeprefix(prefix) in LEAVES and "." in key.removeprefix(prefix):
+            raise ValueError(f"{where}: unknown key {key}; in a file write it nested, one level a line")
+        else:
+            raise _unknown(key, list(LEAVES), where)
+    return checked
+
+
+def _as_text(value: Any, hint: Any) -> Any:
+    """A bare number where text is expected is its text, so that `mesh: 8` needs no quotes."""
+    takes_text = hint is str or str in get_args(hint)
+    return str(value) if takes_text and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key in SECTIONS:
+            yield from _flat(value, key + ".")
+        else:
+            yield key, value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the dotted keys of `above` set in it."""
+    result = below
+    for key, value in above.items():
+        node = result
+        *sections, name = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return result
+
+
+# ---- the file ----
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+
+def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # _Loader is a SafeLoader
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    return _checked_keys({} if settings is None else settings, str(path))
+
+
+def _build(parser: ArgumentParser, settings: dict[str, Any], *, where: str) -> Config:
+    try:
+        parsed = parser.parse_object(settings)
+    except ArgumentError as error:
+        for key, value in _flat(settings):
+            try:
+                parser.parse_object(_nested(key, value))
+            except ArgumentError:
+                raise _wrong_type(key, value, where) from None
+        raise ValueError(f"{where}: {error}") from None
+    sections = parser.instantiate(parsed)
+    return Config(**{name: sections[name] for name in get_type_hints(Config)})
+
+
+# ---- the command line ----
+
+
+def _parser(prog: str, description: str, flags: Mapping[str, Flag]) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    positionals = "".join(f" [{name}]" for name, flag in flags.items() if flag.positional)
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config FILE] [--FLAG VALUE ...] [--SECTION.FIELD VALUE ...]{positionals}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=str | None, help="YAML file; what it leaves out has the default")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        choices=["latest", "auto"],
+        help="go on with the run in run_dir; auto: or begin it when there is none",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and stop")
+    for name, flag in flags.items():
+        if flag.positional:
+            nargs = None if flag.required else "?"
+            parser.add_argument(name, type=flag.type, nargs=nargs, default=flag.default, help=flag.help)
+        elif flag.switch:
+            parser.add_argument(f"--{name}", action="store_true", help=flag.help)
+        else:
+            hint = flag.type if flag.default is not None or flag.required else flag.type | None
+            parser.add_argument(
+                f"--{name}", type=hint, default=flag.default, required=flag.required, help=flag.help
+            )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _check_command_line(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str, str]:
+    """The settings on the command line as text, once every dashed name in it is known."""
+    switches = {"dry_run", "resume", *(name for name, flag in flags.items() if flag.switch)}
+    own = {"config", *switches, *(name for name, flag in flags.items() if not flag.positional)}
+    overrides: dict[str, str] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--") or token == "--":
+            continue
+        name, equals, value = token[2:].partition("=")
+        if name in SECTIONS:
+            example = next(key for key in LEAVES if key.startswith(name + "."))
+            raise ValueError(f"{COMMAND_LINE}: {name} is a section; set its fields, as --{example} VALUE")
+        if name not in LEAVES and name not in own:
+            raise _unknown(name, [*LEAVES, *sorted(own)], COMMAND_LINE)
+        if not equals and name not in switches:
+            value = next(tokens, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{COMMAND_LINE}: --{name} needs a value, as --{name} VALUE")
+        if name in LEAVES:
+            overrides[name] = value
+    return overrides
+
+
+def _parse_command_line(
+    parser: ArgumentParser, argv: Sequence[str], overrides: Mapping[str, str]
+) -> Namespace:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return parser.parse_args(list(argv))
+    except ArgumentError as error:
+        for key, text in overrides.items():
+            try:
+                _parser("", "", {}).parse_args([f"--{key}={text}"])
+            except ArgumentError:
+                raise _wrong_type(key, text, COMMAND_LINE) from None
+        raise ValueError(f"{COMMAND_LINE}: {error}") from None
+
+
+def _typed_overrides(typed: Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
+    return {key: typed[key] for key in overrides}
+
+
+# ---- messages ----
+
+
+def _wrong_type(key: str, value: Any, where: str) -> ValueError:
+    hint = LEAVES[key]
+    near = ""
+    if choices := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
+        near = _nearest(str(value), choices)
+    return ValueError(f"{where}: {key} is {value!r}; expected {_words(hint)}{near and '; ' + near}")
+
+
+def _words(hint: Any) -> str:
+    """A type as a user would say it."""
+    plain = {
+        int: "a whole number (int)",
+        float: "a number (float)",
+        bool: "true or false (bool)",
+        str: "text (str)",
+        NoneType: "null",
+    }
+    if hint in plain:
+        return plain[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(args)}"
+    if origin is list:
+        return f"a list of {_words(args[0])}, as [a, b]"
+    if origin is dict:
+        return f"a mapping of {_words(args[0])} to {_words(args[1])}, as {{a: 1}}"
+    assert origin in (Union, UnionType), f"no words for {hint}"
+    return " or ".join(_words(arg) for arg in args)
