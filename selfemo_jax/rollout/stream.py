@@ -1,0 +1,92 @@
+"""The stream of steps that the page reads: a batch of inputs and its finished rollout groups."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.data.prompts import Prompt
+from selfemo_jax.rollout.engine import Engine, Group, Request, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """One step's inputs and the groups that answer them, in the same order."""
+
+    batch: Batch
+    requests: tuple[Request, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The inputs."""
+        return tuple(sample for sample, _ in self.batch.items)
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Their encoded prompts."""
+        return tuple(prompt for _, prompt in self.batch.items)
+
+
+class LostGroupsError(RuntimeError):
+    """More groups of a step were lost than `rollout.max_lost` allows."""
+
+
+def sampling_seed(*parts: int | str) -> int:
+    """A 32-bit seed that is a function of (seed, phase, step, prompt) alone."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def make_requests(
+    batch: Batch, *, num: int, global_step: int, seed: int, phase: int, step: int
+) -> tuple[Request, ...]:
+    """A request per input. Its id begins with the global step, which is how a recorded run is found again."""
+    return tuple(
+        Request(
+            id=f"{global_step}:{place}:{sample.id}",
+            token_ids=prompt.token_ids,
+            num=num,
+            seed=sampling_seed(seed, phase, step, place, sample.id),
+        )
+        for place, (sample, prompt) in enumerate(batch.items)
+    )
+
+
+def generate_groups(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> tuple[Group, ...]:
+    """All groups in the order of their requests; one that never came is an error group."""
+    groups = {group.request_id: group for group in engine.generate(requests, sampling)}
+    lost = "the engine gave no answer"
+    return tuple(groups.get(r.id, Group(request_id=r.id, error=lost)) for r in requests)
+
+
+def rollout_stream(
+    engine: Engine,
+    batches: Iterator[Batch],
+    requests_of: Callable[[int, Batch], tuple[Request, ...]],
+    sampling: Sampling,
+    *,
+    first: int,
+    last: int,
+    ahead: int,
+    max_lost: float,
+) -> Iterator[tuple[int, Rollouts]]:
+    """Steps ``first`` to ``last`` (counted from 1), each sampled with the policy as it is then.
+
+    ``ahead`` is how many steps sampling may run before training; an engine in this process shares the devices
+    with the trainer, so there it is 0. LostGroupsError when more than ``max_lost`` of a step's groups are
+    lost.
+    """
+    assert ahead == 0, "checked with the configuration: only a sidecar can run ahead"
+    for step in range(first, last + 1):
+        batch = next(batches)
+        requests = requests_of(step, batch)
+        groups = generate_groups(engine, requests, sampling)
+        lost = [group for group in groups if group.error is not None]
+        if len(lost) > max_lost * len(groups):
+            raise LostGroupsError(
+                f"step {step}: {len(lost)} of {len(groups)} groups were lost, rollout.max_lost allows "
+                f"{max_lost:.0%}; the first: {lost[0].error}"
+            )
+        yield step, Rollouts(batch=batch, requests=requests, groups=groups)

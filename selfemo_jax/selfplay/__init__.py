@@ -1,0 +1,1 @@
+"""Self-play: the best rollouts become new labelled inputs."""
