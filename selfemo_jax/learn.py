@@ -1,0 +1,171 @@
+"""From scored groups, or supervised examples, to optimizer updates: weights of tokens, packing, log-probs,
+update."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from selfemo_jax.algo.losses import importance_weights, token_weights
+from selfemo_jax.config import Config
+from selfemo_jax.data.batching import Packed, TrainSequence, gather, pack, scatter
+from selfemo_jax.model.decoder import Params
+from selfemo_jax.scoring import Scored
+from selfemo_jax.train_step import Steps, TrainState, sequence_logprobs, update
+
+
+class Timer(Protocol):
+    """Times a named part of a step."""
+
+    def __call__(self, name: str) -> AbstractContextManager: ...
+
+
+def sft_update(
+    steps: Steps,
+    state: TrainState,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    config: Config,
+    *,
+    rate: float,
+    where: str,
+    timer: Timer,
+) -> tuple[TrainState, dict[str, float]]:
+    """One supervised update on (prompt ids, completion ids) pairs; the loss is on completion tokens, each
+    alike."""
+    weights = token_weights(np.array([len(completion) for _, completion in examples]), "token-mean")
+    sequences = [
+        TrainSequence(
+            group=index,
+            prompt_ids=tuple(prompt),
+            completion_ids=tuple(completion),
+            token_weight=float(weights[index]),
+        )
+        for index, (prompt, completion) in enumerate(examples)
+    ]
+    packed = _pack(sequences, "packed", config)
+    with timer("update"):
+        state, metrics = update(
+            steps, state, packed.batch, kind="sft", micro_rows=config.batch.micro_rows, rate=rate, where=where
+        )
+    return state, metrics | _sizes([packed])
+
+
+def rl_update(
+    steps: Steps,
+    state: TrainState,
+    reference: Params | None,
+    scored: Scored,
+    config: Config,
+    *,
+    rate: float,
+    where: str,
+    timer: Timer,
+) -> tuple[TrainState, dict[str, float]]:
+    """The updates of one step (equation 14): per mini-batch of prompts, `rl.updates_per_batch` times over
+    them all.
+
+    Old and reference log-probs are computed before the first update. With a single update, and no correction
+    of the sampler, the old log-probs are those of the update itself and are not computed twice.
+    """
+    micro_rows = config.batch.micro_rows
+    packs = [_pack(s, config.rl.layout, config) for s in _mini_batches(scored, config) if s]
+    num_updates = len(packs) * config.rl.updates_per_batch
+    on_policy = num_updates == 1 and config.loss.importance == "off"
+    prepared = []
+    for packed in packs:
+        batch = packed.batch
+        if reference is not None:
+            with timer("reference"):
+                ref_logprobs = sequence_logprobs(steps, reference, batch, micro_rows=micro_rows)
+            batch = replace(batch, ref_logprobs=ref_logprobs)
+        if not on_policy:
+            with timer("old_logprobs"):
+                old_logprobs = sequence_logprobs(steps, state.params, batch, micro_rows=micro_rows)
+            weights = _importance(old_logprobs, packed, config)
+            batch = replace(batch, old_logprobs=old_logprobs, importance_weights=weights)
+        prepared.append(batch)
+    collected: list[dict[str, float]] = []
+    for _ in range(config.rl.updates_per_batch):
+        for batch in prepared:
+            with timer("update"):
+                state, metrics = update(
+                    steps,
+                    state,
+                    batch,
+                    kind="rl",
+                    micro_rows=micro_rows,
+                    rate=rate,
+                    where=where,
+                    on_policy=on_policy,
+                )
+            collected.append(metrics)
+    means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]} if collected else {}
+    return state, means | _sizes(packs) | {"update/count": float(len(collected))}
+
+
+def _mini_batches(scored: Scored, config: Config) -> list[list[TrainSequence]]:
+    """The present rollouts, cut by prompts; each token's weight is decided over its whole mini-batch."""
+    size = config.rl.mini_prompts
+    batches = []
+    for start in range(0, len(scored.samples), size):
+        prompts = range(start, min(start + size, len(scored.samples)))
+        members = [(p, g) for p in prompts for g in range(len(scored.completions[p]))]
+        lengths = np.array([len(scored.completions[p][g].token_ids) for p, g in members], np.int64)
+        norm = config.loss.norm_constant or float(config.rollout.max_tokens)
+        weights = token_weights(lengths, config.loss.aggregation, norm_constant=norm)
+        batches.append(
+            [
+                TrainSequence(
+                    group=p,
+                    prompt_ids=scored.prompts[p].token_ids,
+                    completion_ids=scored.completions[p][g].token_ids,
+                    token_weight=float(weight),
+                    advantage=float(scored.advantages[p, g]),
+                    rollout_logprobs=scored.completions[p][g].logprobs,
+                )
+                for (p, g), weight in zip(members, weights, strict=True)
+            ]
+        )
+    return batches
+
+
+def _importance(old_logprobs: np.ndarray, packed: Packed, config: Config) -> np.ndarray:
+    """Sampler-to-trainer weights ``[B, T]``: a sequence's weight needs it whole, so it is taken out of the
+    rows."""
+    if config.loss.importance == "off":
+        return packed.batch.importance_weights
+    old = gather(old_logprobs, packed.places)
+    rollout = gather(packed.batch.rollout_logprobs, packed.places)
+    shape = (len(old), config.rollout.max_tokens)
+    padded = np.zeros((3, *shape), np.float32)
+    for index, (current, sampled) in enumerate(zip(old, rollout, strict=True)):
+        padded[0, index, : len(current)] = current
+        padded[1, index, : len(current)] = sampled
+        padded[2, index, : len(current)] = 1.0
+    weights = importance_weights(
+        padded[0],
+        padded[1],
+        padded[2] > 0,
+        kind=config.loss.importance,
+        cap=config.loss.importance_cap,
+    )
+    rows = np.asarray(weights)
+    return scatter([rows[i, : len(values)] for i, values in enumerate(old)], packed, fill=1.0)
+
+
+def _pack(sequences: Sequence[TrainSequence], layout: str, config: Config) -> Packed:
+    return pack(
+        sequences, layout=layout, row_tokens=config.batch.row_tokens, micro_rows=config.batch.micro_rows
+    )
+
+
+def _sizes(packs: Sequence[Packed]) -> dict[str, float]:
+    positions = sum(packed.batch.tokens.size for packed in packs)
+    tokens = sum(packed.num_tokens for packed in packs)
+    return {
+        "batch/tokens": float(tokens),
+        "batch/positions": float(positions),
+        "batch/padding_share": 1.0 - tokens / max(1, positions),
+    }

@@ -1,0 +1,186 @@
+"""Greedy answers to labelled inputs, and what they are worth (method 4.3, 6.1).
+
+Every labelled input counts once; an answer outside the grammar, or whose heaviest label is not in the list,
+is wrong and stays in every denominator. Scores of a data set are over its own labels.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from selfemo_jax.algo import metrics
+from selfemo_jax.algo.rewards import weighted_iou
+from selfemo_jax.config import Config
+from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.dialogues import LabelSet
+from selfemo_jax.data.grammar import Answer, predicted_label
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
+from selfemo_jax.data.lenient import parse_lenient
+from selfemo_jax.data.prompts import build_prompt
+from selfemo_jax.rollout.engine import Engine, Request, Sampling
+from selfemo_jax.scoring import parse_completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The policy's greedy answer to one input."""
+
+    sample: Sample
+    text: str
+    answer: Answer
+    label: str | None
+    """Heaviest label; None where the answer is invalid."""
+    lenient: str | None
+    """What a forgiving reading of the emotion field gives."""
+    num_prompt_tokens: int
+    num_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of ``predictions.jsonl``."""
+        return {
+            "id": self.sample.id,
+            "dataset": self.sample.dataset,
+            "gold": gold_label(self.sample),
+            "prediction": self.label,
+            "lenient": self.lenient,
+            "codes": list(self.answer.codes),
+            "emotion": dict(self.answer.emotion),
+            "self_emotion": dict(self.answer.self_emotion),
+            "response": self.answer.response,
+            "text": self.text,
+            "num_tokens": self.num_tokens,
+        }
+
+
+def gold_label(sample: Sample) -> str:
+    """The heaviest gold label, the first of equals."""
+    return max(sample.gold, key=lambda label: sample.gold[label])
+
+
+def greedy_answers(
+    engine: Engine, samples: Sequence[Sample], codec: TextCodec, config: Config
+) -> Iterable[Prediction]:
+    """Greedy answers in the order of the samples, produced as they are finished, part by part."""
+    sampling = Sampling(max_tokens=config.rollout.max_tokens, temperature=0.0, stop_ids=codec.stop_ids)
+    part = 4 * config.eval.batch_rows
+    for start in range(0, len(samples), part):
+        chosen = samples[start : start + part]
+        prompts = [
+            encode_prompt(sample, codec, config, persona=config.eval.persona == "given") for sample in chosen
+        ]
+        requests = [
+            Request(id=str(index), token_ids=prompt.token_ids, num=1, seed=0)
+            for index, prompt in enumerate(prompts)
+        ]
+        groups = {int(group.request_id): group for group in engine.generate(requests, sampling)}
+        for index, (sample, prompt) in enumerate(zip(chosen, prompts, strict=True)):
+            group = groups[index]
+            if group.error is not None:
+                raise RuntimeError(f"evaluation: the engine lost {sample.id}: {group.error}")
+            completion = group.completions[0]
+            text, answer = parse_completion(
+                completion,
+                sample,
+                prompt,
+                codec,
+                max_labels=config.output.max_labels,
+                thinking=config.model.thinking,
+            )
+            lenient = parse_lenient(
+                text, dataset=sample.dataset, inventory=sample.inventory, max_labels=config.output.max_labels
+            )
+            yield Prediction(
+                sample=sample,
+                text=text,
+                answer=answer,
+                label=predicted_label(answer),
+                lenient=max(lenient, key=lambda pair: pair[1])[0] if lenient else None,
+                num_prompt_tokens=len(prompt.token_ids),
+                num_tokens=len(completion.token_ids),
+            )
+
+
+def encode_prompt(sample: Sample, codec: TextCodec, config: Config, *, persona: bool):
+    """The prompt of an input under the run's settings."""
+    return build_prompt(
+        sample,
+        codec,
+        max_labels=config.output.max_labels,
+        max_tokens=config.data.max_prompt,
+        thinking=config.model.thinking,
+        style=config.output.prompt_style,
+        persona=persona,
+    )
+
+
+def score(
+    predictions: Sequence[Prediction], label_sets: Mapping[str, LabelSet], majority: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Scores of each data set. ``majority`` is its most frequent training label, the baseline beside every
+    score."""
+    results = {}
+    for dataset in sorted({prediction.sample.dataset for prediction in predictions}):
+        chosen = [prediction for prediction in predictions if prediction.sample.dataset == dataset]
+        results[dataset] = _score_set(chosen, label_sets[dataset], majority[dataset])
+    return results
+
+
+def mean_wf1(results: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean over data sets of strict weighted F1: what selects a checkpoint."""
+    return float(np.mean([result["weighted_f1"] for result in results.values()]))
+
+
+def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: str) -> dict[str, Any]:
+    order = {label: index for index, label in enumerate(labels.labels)}
+    invalid = len(order)
+    gold = np.array([order[gold_label(p.sample)] for p in predictions], np.int32)
+
+    def summary(predicted: Sequence[str | None]) -> dict[str, Any]:
+        indices = np.array([order.get(label, invalid) if label else invalid for label in predicted], np.int32)
+        counts = metrics.confusion(gold, indices, num_classes=len(order))
+        f1, support = np.asarray(metrics.class_f1(counts)), np.asarray(metrics.support(counts))
+        return {
+            "accuracy": float(metrics.accuracy(counts)),
+            "weighted_f1": float(metrics.weighted_f1(counts)),
+            "macro_f1": float(metrics.macro_f1(counts)),
+            "invalid_rate": float(np.mean(indices == invalid)),
+            "per_class": {
+                label: {"f1": float(f1[i]), "support": int(support[i])}
+                for label, i in zip(labels.labels, range(len(order)), strict=True)
+            },
+            "confusion": np.asarray(counts).tolist(),
+        }
+
+    strict = summary([p.label for p in predictions])
+    inventories = [p.sample.inventory for p in predictions]
+    num_classes = len(order) + 1
+    pred, valid = answers_to_arrays([[p.answer] for p in predictions], inventories, num_classes=num_classes)
+    gold_weights = gold_to_array([p.sample.gold for p in predictions], inventories, num_classes=num_classes)
+    r1 = np.asarray(weighted_iou(jnp.asarray(pred), jnp.asarray(gold_weights), jnp.asarray(valid)))
+    return strict | {
+        "num": len(predictions),
+        "r1": float(r1.mean()),
+        "num_labels_predicted": len({p.label for p in predictions if p.label}),
+        "lenient": {
+            name: value
+            for name, value in summary([p.lenient for p in predictions]).items()
+            if name in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate")
+        },
+        "majority": {
+            name: value
+            for name, value in summary([majority] * len(predictions)).items()
+            if name in ("accuracy", "weighted_f1", "macro_f1")
+        }
+        | {"label": majority},
+        "mean_tokens": float(np.mean([p.num_tokens for p in predictions])),
+        "codes": _code_rates(predictions),
+    }
+
+
+def _code_rates(predictions: Sequence[Prediction]) -> dict[str, float]:
+    codes = sorted({code for p in predictions for code in p.answer.codes})
+    return {code: float(np.mean([code in p.answer.codes for p in predictions])) for code in codes}
