@@ -59,7 +59,7 @@ def test_total_variation_from_softmax_is_below_5e_5_at_the_vocabulary_of_qwen3(s
 
 
 def test_each_level_draws_its_share_of_a_fine_grid_to_one_step():
-    # Three blocks, the last one partly filled; a grid in place of luck, so each share is right to one grid step.
+    # Three blocks, the last one partly filled. A grid makes each share right to one of its steps.
     vocab, steps = 1100, 10_000
     logits = np.random.default_rng(1).normal(0, 1.5, vocab).astype(np.float32)
     exact = np.exp(logits.astype(np.float64) / 0.7)
