@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array
-from selfemo_jax.data.lenient import FORM_OF, FORMS, parse_lenient
+from selfemo_jax.data.lenient import FORM_OF, parse_lenient
 
 __all__ = [
     "CODES",
@@ -78,6 +78,8 @@ _WORD = re.compile(r"[^\W\d_]\w*+(?:[ '-]\w++)*+")
 _ODD_SPACE = re.compile(r"[^\S \n]")
 _LOOSE_TAG = re.compile(r"<\s*+/?+\s*+(?:think|emotion|self_emotion|response)(?![a-z0-9_])", re.IGNORECASE)
 _MARKUP = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z][a-z0-9_:-]{0,30}\s{0,4}/?>", re.IGNORECASE)
+_NUMBER_AFTER_COLON = re.compile(r":\s*+[.0-9]")
+_LAST_WORD = re.compile(r"\w++\Z")
 _BAD_BYTES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 
 
@@ -200,8 +202,10 @@ def _split_blocks(body: str, found: set[str]) -> dict[str, str | None]:
 
 
 def _check_outside(body: str, in_order: list[str], first: dict[str, int], found: set[str]) -> None:
-    last_end = max(body.rfind(tag) + len(tag) for tag in first)
-    outside = [body[: first[in_order[0]]], body[last_end:]]
+    outside = [body[: first[in_order[0]]]] if not in_order[0].startswith("</") else []
+    last_end, last_tag = max((body.rfind(tag) + len(tag), tag) for tag in first)
+    if last_tag.startswith("</"):
+        outside.append(body[last_end:])
     for tag, following in zip(in_order, in_order[1:], strict=False):
         if tag.startswith("</") and not following.startswith("</"):
             outside.append(body[first[tag] + len(tag) : first[following]])
@@ -269,7 +273,7 @@ def _check_reply(reply: str, known: Mapping[str, None], found: set[str]) -> None
         found.add("W_MARKUP")
     if _BAD_BYTES.search(reply):
         found.add("W_BYTES")
-    if ":" in reply and _leak_pattern(tuple(known)).search(reply):
+    if _leaks(reply, known):
         found.add("W_LEAK")
 
 
@@ -278,14 +282,18 @@ def _known_labels(inventory: tuple[str, ...]) -> Mapping[str, None]:
     return dict.fromkeys(label.lower() for label in inventory)
 
 
-@lru_cache(maxsize=256)
-def _leak_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
-    rows = {FORM_OF[label] for label in labels if label in FORM_OF}
-    words = dict.fromkeys([*labels, *(word for row in sorted(rows) for word in FORMS[row])])
-    if not words:
-        return re.compile(r"(?!)")
-    names = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.compile(rf"(?<!\w)(?:{names})\s*+:\s*+[.0-9]", re.IGNORECASE)
+def _leaks(reply: str, known: Mapping[str, None]) -> bool:
+    """Whether a label, in any of its forms, stands before a colon and a number."""
+    for count, hit in enumerate(_NUMBER_AFTER_COLON.finditer(reply)):
+        if count == MAX_ITEMS:
+            return True
+        before = reply[max(0, hit.start() - _MAX_LABEL - 8) : hit.start()].rstrip().lower()
+        word = _LAST_WORD.search(before)
+        if word and (word[0] in known or _is_alias(word[0], known)):
+            return True
+        if any(before.endswith(label) for label in known if " " in label or "-" in label or "'" in label):
+            return True
+    return False
 
 
 def _is_alias(label: str, known: Iterable[str]) -> bool:

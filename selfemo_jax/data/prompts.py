@@ -214,9 +214,9 @@ Answer three questions, in this order.
 3. What do you say next, true to that feeling and to the conversation?
 
 For questions 1 and 2 give {count} of the list, in lower case, none twice. Each has a weight for how \
-strongly it is felt: a decimal above 0 and at most 1, with two digits. Weights need not add up to 1; a single \
-clear feeling needs a single label. For question 3 give one turn of plain spoken words: no stage directions, no \
-labels, no tags.
+strongly it is felt: a decimal above 0 and at most 1, with two digits. Weights need not add up to 1; a \
+single clear feeling needs a single label. For question 3 give one turn of plain spoken words: no stage \
+directions, no labels, no tags.
 
 {think} exactly these three blocks, with nothing before, between or after them:
 <emotion>label:weight{more}</emotion>

@@ -25,7 +25,7 @@ ADDED = [
     ("</think>", False),
 ]
 
-# In the form of Qwen3's: thinking off closes an empty block in the prompt, thinking on leaves it to the model.
+# In the form of Qwen3's: thinking off puts an empty block into the prompt, thinking on leaves it out.
 TEMPLATE = """\
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' + (m.content | trim) + '<|im_end|>\\n' }}
