@@ -21,9 +21,15 @@ CACHE_SIZE = 1 << 16
 
 _SYSTEM, _USER, _REPLY = "PLACEHOLDERxSYSTEMxQ", "PLACEHOLDERxUSERxQ", "PLACEHOLDERxREPLYxQ"
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+# Characters that a vocabulary may be unable to spell: control characters, and the planes without any characters.
+_RARE_RANGES = (
+    *((chr(i), chr(i)) for i in (*range(9), 11, 12, *range(14, 32), 127)),
+    ("\U00040000", "\U0007ffff"),
+    ("\U00080000", "\U000bffff"),
+    ("\U00100000", "\U0010ffff"),
+)
 
-# Every byte that UTF-8 uses: ASCII, each continuation byte, each leading byte of 2, 3 and 4 byte characters.
+# Every byte of UTF-8: ASCII, each continuation byte, each leading byte of 2, 3 and 4 byte characters.
 _ALL_BYTES = (
     "".join(map(chr, range(128)))
     + "".join(chr(0xC0 + i) for i in range(64))
@@ -60,6 +66,7 @@ class TextCodec:
         self._data = _without_added_tokens(self._markup)
         self.added_ids = frozenset(tokenizer.added_tokens_decoder)
         self.vocab_size = max(self._markup.get_vocab(with_added_tokens=True).values()) + 1
+        self._unspelled = self._find_unspelled()
         self._encode_markup = lru_cache(maxsize=CACHE_SIZE)(self._encode_markup_now)
         self._encode_data = lru_cache(maxsize=CACHE_SIZE)(self._encode_data_now)
         self._frames = {thinking: _chat_frame(tokenizer, thinking, folder) for thinking in (False, True)}
@@ -71,7 +78,8 @@ class TextCodec:
     def encode_data(self, text: str) -> list[int]:
         """Ids of what a person or a model said: none is an added token, and they decode to the text.
 
-        Up to the tokenizer's own normaliser (NFC in Qwen); lone surrogates become U+FFFD.
+        Up to the tokenizer's own normaliser (NFC in Qwen); lone surrogates become U+FFFD, and so do control
+        characters and unassigned planes that the vocabulary has no bytes for (SmolLM2's lacks U+0004).
         """
         return list(self._encode_data(text))
 
@@ -87,14 +95,15 @@ class TextCodec:
         return self._frames[thinking]
 
     def normalise(self, text: str) -> str:
-        """The text as the tokenizer's normaliser leaves it, which is what `decode` gives back."""
+        """The text as `decode` gives it back."""
+        text = self._unspelled.sub("\ufffd", text)
         return self._data.normalizer.normalize_str(text) if self._data.normalizer else text
 
     def _encode_markup_now(self, text: str) -> tuple[int, ...]:
         return tuple(self._markup.encode(text, add_special_tokens=False).ids)
 
     def _encode_data_now(self, text: str) -> tuple[int, ...]:
-        encoding = self._data.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
+        encoding = self._data.encode(self._unspelled.sub("\ufffd", text), add_special_tokens=False)
         if self.added_ids.isdisjoint(encoding.ids):
             return tuple(encoding.ids)
         # The vocabulary itself holds an added token and spelled it; cut the text inside that token.
@@ -123,6 +132,13 @@ class TextCodec:
                 "tokenizer_config.json nor generation_config.json names an eos token"
             )
         return tuple(dict.fromkeys(known))
+
+    def _find_unspelled(self) -> re.Pattern[str]:
+        def spelled(char: str) -> bool:
+            return self.decode(self._data.encode(char, add_special_tokens=False).ids) == char
+
+        lacking = [f"{first}-{last}" for first, last in _RARE_RANGES if not spelled(first)]
+        return re.compile(f"[\ud800-\udfff{''.join(lacking)}]")
 
     def _check_spelling(self, folder: str) -> None:
         contents = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
@@ -184,7 +200,12 @@ def _chat_frame(tokenizer: Any, thinking: bool, folder: str) -> ChatFrame:
 
     def render(messages: list[dict[str, str]]) -> str:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            # Llama 3's template would print today's date; this is its own fallback.
+            date_string="26 Jul 2024",
         )
 
     try:

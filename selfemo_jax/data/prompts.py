@@ -192,7 +192,7 @@ def _full_pieces(
 
 @lru_cache(maxsize=64)
 def _rules(inventory: tuple[str, ...], max_labels: int, thinking: bool) -> tuple[Piece, ...]:
-    count = "exactly one label" if max_labels == 1 else f"one to {max_labels} labels"
+    count = "exactly one label" if max_labels == 1 else f"1 to {max_labels} labels"
     think = (
         "First reason between <think> and </think>: what the last speaker feels, what that does to you, what "
         "you would say. Then write"

