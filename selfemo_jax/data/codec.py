@@ -21,7 +21,7 @@ CACHE_SIZE = 1 << 16
 
 _SYSTEM, _USER, _REPLY = "PLACEHOLDERxSYSTEMxQ", "PLACEHOLDERxUSERxQ", "PLACEHOLDERxREPLYxQ"
 
-# Characters that a vocabulary may be unable to spell: control characters, and the planes without any characters.
+# Characters that a vocabulary may be unable to spell: control characters, and planes without any characters.
 _RARE_RANGES = (
     *((chr(i), chr(i)) for i in (*range(9), 11, 12, *range(14, 32), 127)),
     ("\U00040000", "\U0007ffff"),
