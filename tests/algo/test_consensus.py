@@ -67,6 +67,8 @@ def test_padding_the_list_gains_the_full_consensus_only_without_a_threshold():
 def test_a_weight_of_exactly_the_threshold_counts():
     group = [{"joy": 0.95, "fear": 0.05}, {"fear": 1.0}]
     np.testing.assert_allclose(reward(group, presence=0.05), [1.0, 0.5])
+    # In float32, .01 / (.01 + .01 + .18) is one bit below .05.
+    assert reward([{"fear": 0.01, "anger": 0.01, "joy": 0.18}], presence=0.05)[0] == 1.0
 
 
 def test_ties_go_to_the_earlier_label_even_if_the_sums_differ_in_the_last_bit():
