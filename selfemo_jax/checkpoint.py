@@ -8,12 +8,14 @@ that `evaluate`, `predict`, a later phase and `tools/convert_hf.py` read.
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from selfemo_jax.config import Config
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.model.weights import PARAMS_NAME
@@ -107,3 +109,50 @@ def save_weights(
         shutil.rmtree(old)
     else:
         part.rename(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a folder given as ``--checkpoint`` holds."""
+
+    weights: Path
+    """Converted or Hugging Face folder."""
+    config_file: Path | None
+    """The settings it was trained with, where it is a run."""
+    out: Path
+    """Where its scores go unless told otherwise."""
+
+    def settings(self, config: Config) -> Config:
+        """The settings with this checkpoint as the model, on its own tokenizer."""
+        section = replace(config.model, path=str(self.weights), tokenizer=None)
+        return replace(config, model=section, rollout=replace(config.rollout, replay=None))
+
+
+def find_checkpoint(folder: str | Path) -> Found:
+    """The weights in a run's folder (the best by dev score, else those of its last finished phase with
+    weights), in a phase's folder, or in a converted or Hugging Face folder. ValueError says what was looked
+    for."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint {folder}: no such folder")
+    if (folder / "config.json").exists():
+        return Found(weights=folder, config_file=_config_above(folder), out=folder / "eval")
+    if (folder / "weights" / "config.json").exists():
+        return Found(weights=folder / "weights", config_file=_config_above(folder), out=folder / "eval")
+    phases = sorted(
+        path.parent for path in folder.glob("phases/*/DONE") if (path.parent / "weights").is_dir()
+    )
+    candidates = [folder / "checkpoints" / "best", *(phase / "weights" for phase in reversed(phases))]
+    weights = next((path for path in candidates if (path / "config.json").exists()), None)
+    if weights is None:
+        raise ValueError(
+            f"--checkpoint {folder}: found no config.json, no checkpoints/best and no finished phase with "
+            "weights; expected a run, a converted or a Hugging Face folder"
+        )
+    return Found(weights=weights, config_file=folder / "config.yaml", out=folder / "eval")
+
+
+def _config_above(folder: Path) -> Path | None:
+    """The settings of the run that a folder lies in."""
+    inside = [parent / "config.yaml" for parent in folder.resolve().parents]
+    return next((path for path in inside if path.exists() and (path.parent / "metrics.jsonl").exists()), None)

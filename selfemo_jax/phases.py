@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from selfemo_jax.runlog import atomic_write
-
+from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 
 BASE = "base"

@@ -19,7 +19,7 @@ from selfemo_jax.data.dialogues import LabelSet
 from selfemo_jax.data.grammar import Answer, predicted_label
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
-from selfemo_jax.data.lenient import parse_lenient
+from selfemo_jax.data.lenient import lenient_label, parse_lenient
 from selfemo_jax.data.prompts import build_prompt
 from selfemo_jax.rollout.engine import Engine, Request, Sampling
 from selfemo_jax.scoring import parse_completion
@@ -91,14 +91,19 @@ def greedy_answers(
                 thinking=config.model.thinking,
             )
             lenient = parse_lenient(
-                text, dataset=sample.dataset, inventory=sample.inventory, max_labels=config.output.max_labels
+                text,
+                dataset=sample.dataset,
+                inventory=sample.inventory,
+                max_labels=config.output.max_labels,
+                finished=completion.finish_reason == "stop",
+                think_open_in_prompt=prompt.think_open,
             )
             yield Prediction(
                 sample=sample,
                 text=text,
                 answer=answer,
                 label=predicted_label(answer),
-                lenient=max(lenient, key=lambda pair: pair[1])[0] if lenient else None,
+                lenient=lenient_label(lenient, sample.inventory),
                 num_prompt_tokens=len(prompt.token_ids),
                 num_tokens=len(completion.token_ids),
             )

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.rollout.engine import Completion, Engine, Group, Request, Sampling
-from selfemo_jax.runlog import atomic_write
 from selfemo_jax.scoring import Scored
 
 FOLDER = "rollouts"

@@ -1,0 +1,431 @@
+"""A run in progress: its folder, what it resumes from, and everything the page asks for by name.
+
+The page (`train.py`) holds the algorithm; this holds the state around it: weights of phases, dev scores,
+checkpoints, stops. Make it with `open_run`; it is closed at the end of its ``with`` block.
+"""
+
+import functools
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selfemo_jax import phases as plans
+from selfemo_jax import run_inputs
+from selfemo_jax.appendlog import AppendLog, atomic_write
+from selfemo_jax.checkpoint import StateStore, save_weights
+from selfemo_jax.compiles import CompileCounter
+from selfemo_jax.config import Config, Optim
+from selfemo_jax.config_io import Command
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.evaluate import evaluate_splits
+from selfemo_jax.model.decoder import Params
+from selfemo_jax.parts import Parts, base_weights, build_parts, make_engine, weights_of
+from selfemo_jax.phases import Phase, Position
+from selfemo_jax.rollout.engine import Request, Sampling
+from selfemo_jax.rollout.records import prune, save_groups, save_texts, set_aside
+from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
+from selfemo_jax.run_data import RunData, fixed_subset, load_data
+from selfemo_jax.runlog import RunLog
+from selfemo_jax.scores import greedy_answers, mean_wf1, score
+from selfemo_jax.scoring import Scored, make_scorer
+from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
+from selfemo_jax.train_step import Steps, TrainState, make_steps
+
+Item = TypeVar("Item")
+_EMPTY_SHA256 = hashlib.sha256().hexdigest()
+
+
+class Stopped(Exception):
+    """The run stopped at a step boundary with everything saved; `--resume` goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """Where a phase begins or goes on: steps done, and the input iterator's state (None at the beginning)."""
+
+    step: int
+    iterator: Mapping[str, Any] | None
+
+
+class Run:
+    """The state around the page."""
+
+    def __init__(self, config: Config, parts: Parts, data: RunData, log: RunLog):
+        self.config, self.parts, self.data, self.log = config, parts, data, log
+        self.dir, self.codec, self.timer = log.run_dir, parts.codec, log.timer
+        self.plan = plans.plan(config)
+        self.scorer = make_scorer(config)
+        self.sampling = Sampling(
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            stop_ids=parts.codec.stop_ids,
+        )
+        self.engine = make_engine(parts)
+        self.global_step = 0
+        self._phase_step, self._total = 0, 0
+        self._stop: str | None = None
+        self._best: dict[str, Any] | None = None
+        self._resumed: tuple[int, dict[str, Any]] | None = None
+        self._steps: dict[Optim, Steps] = {}
+        self._started, self._step_started = time.monotonic(), time.perf_counter()
+        self._first_of_phase = True
+        self._compiles = CompileCounter()
+        self._flywheel = AppendLog(self.dir / "flywheel.jsonl")
+        self._best_dir = self.dir / "checkpoints" / "best"
+        self._store = StateStore(
+            self.dir / "checkpoints" / "states",
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        dev = data.split(config.data.dev_split) if config.data.dev_split in data.evaluation else ()
+        self._dev = fixed_subset(dev, config.eval.max_items, seed=config.seed, purpose="dev")
+        self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
+        self.encode_example = functools.partial(run_inputs.encode_example, codec=parts.codec, config=config)
+
+    # What a run resumes from
+
+    def rewind(self) -> None:
+        """Take everything back to the newest complete step: logs are cut to what it recorded, later records
+        set aside. ValueError where a log lost content, the data changed, or there is nothing left to do."""
+        first = plans.first_open(self.dir, self.plan)
+        if first == len(self.plan) and self._final_file().exists():
+            raise ValueError(f"--resume: {self.dir} is finished; its scores are in {self._final_file()}")
+        point: dict[str, Any] | None = None
+        for step in reversed(self._store.steps()):
+            meta = self._store.meta(step)
+            if meta["position"]["phase"] == first:
+                point, self._resumed = meta, (step, meta)
+                break
+        if point is None and first > 0:
+            point = plans.record_of(self.dir, self.plan[first - 1])
+        if point is None:
+            start = Position(phase=0, step=0, global_step=0)
+            point = self._meta(start, None) | {"logs": {}, "best": None}
+        if point["fingerprint"] != self.data.fingerprint:
+            raise ValueError(
+                f"--resume: the labelled inputs are not those that {self.dir} was trained on (SHA-256 "
+                f"{self.data.fingerprint[:12]}..., recorded {point['fingerprint'][:12]}...); give it the "
+                "same data.root and files, or start a new run"
+            )
+        self.global_step, self._best = point["position"]["global_step"], point["best"]
+        for name, log in self._logs().items():
+            length, digest = point["logs"].get(name, (0, _EMPTY_SHA256))
+            if beyond := log.truncate_to(length, digest, self.log.orphan_dir):
+                self.log.say(f"{name}: {beyond} bytes after the checkpoint moved to {self.log.orphan_dir}")
+        if moved := set_aside(self.dir, after=self.global_step, into=self.log.orphan_dir):
+            self.log.say(f"rollouts of {moved} steps after the checkpoint moved to {self.log.orphan_dir}")
+        where = self.plan[first].name if first < len(self.plan) else "the final scores"
+        self.log.say(f"resuming at {where}, step {point['position']['step']}, global step {self.global_step}")
+
+    def open_phases(self) -> tuple[Phase, ...]:
+        """The phases that are not done."""
+        return self.plan[plans.first_open(self.dir, self.plan) :]
+
+    def start(self, phase: Phase, steps: Steps, *, total_steps: int) -> tuple[TrainState, At]:
+        """The phase's training state: as the checkpoint left it, or fresh from the weights of
+        ``phase.init``."""
+        fresh = steps.init_state(self.weights(phase.init))
+        restored, at = self._enter(phase, total_steps, fresh)
+        return fresh if restored is None else restored, at
+
+    def start_frozen(self, phase: Phase, *, total_steps: int) -> tuple[Params, At]:
+        """The weights of ``phase.init`` for a phase that changes none, and where it goes on."""
+        _, at = self._enter(phase, total_steps, None)
+        return self.weights(phase.init), at
+
+    def _enter(self, phase: Phase, total_steps: int, like: TrainState | None) -> tuple[TrainState | None, At]:
+        self._total, self._first_of_phase = total_steps, True
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            plans.begin(self.dir, phase)
+            self._phase_step = 0
+            return None, At(step=0, iterator=None)
+        global_step, meta = resumed
+        self._phase_step = meta["position"]["step"]
+        state = None if like is None else self._store.restore(global_step, like)
+        return state, At(step=self._phase_step, iterator=meta["iterator"])
+
+    # Weights, compiled functions, inputs
+
+    def weights(self, name: str) -> Params:
+        """The weights that a finished phase left, or the base policy's."""
+        if name == plans.BASE:
+            return base_weights(self.parts)
+        phase = next(phase for phase in self.plan if phase.name == name)
+        return weights_of(self.parts, plans.phase_dir(self.dir, phase) / "weights")
+
+    def steps(self, optim: Optim) -> Steps:
+        """Compiled functions for an optimizer's settings, made once in a process."""
+        if optim not in self._steps:
+            self._steps[optim] = make_steps(
+                self.parts.model,
+                self.parts.compute,
+                self.parts.mesh,
+                optim=optim,
+                loss=self.config.loss,
+                temperature=self.config.rollout.temperature,
+                logits_budget_mib=self.config.model.logits_budget_mib,
+            )
+        return self._steps[optim]
+
+    def refresh(self, params: Params) -> None:
+        """Give the engine the policy; its version is the number of global steps behind it."""
+        with self.timer("refresh"):
+            self.engine.update_policy(params, version=self.global_step)
+
+    def seed(self, phase: Phase) -> int:
+        """Seed of a phase's order of inputs."""
+        return sampling_seed(self.config.seed, phase.name, "order") % 2**31
+
+    def inputs(self, phase: Phase) -> dict[str, tuple[Sample, ...]]:
+        """The phase's buffer by source."""
+        return run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
+
+    def examples(self, phase: Phase) -> dict[str, tuple[run_inputs.Example, ...]]:
+        """The phase's supervised examples by source."""
+        return run_inputs.phase_examples(phase, self.data, self._records(), self.codec, self.config)
+
+    def mixture(self, sources: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        """Share of a batch that each source gets."""
+        return run_inputs.source_weights(sources, self.config)
+
+    def play_batches(self, phase: Phase) -> list[Batch]:
+        """What a harvest answers, step by step."""
+        sources = self.inputs(phase)
+        return run_inputs.play_batches(sources, self.codec, self.config, seed=self.seed(phase))
+
+    def requests_of(self, phase: Phase) -> Callable[[int, Batch], tuple[Request, ...]]:
+        """Requests of a step of the phase, each with its own sampling seed."""
+        before = self.global_step - self._phase_step
+
+        def requests(step: int, batch: Batch) -> tuple[Request, ...]:
+            return make_requests(
+                batch,
+                num=self.config.rl.group_size,
+                global_step=before + step,
+                seed=self.config.seed,
+                phase=phase.index,
+                step=step,
+            )
+
+        return requests
+
+    def reply_index(self) -> ReplyIndex:
+        """Replies accepted so far in this run."""
+        return ReplyIndex(record["reply"] for record in self._records() if record["accepted"])
+
+    def _records(self) -> list[dict[str, Any]]:
+        lines = self._flywheel.path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    # The end of a step, and of a phase
+
+    def watch(self, phase: Phase, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, with progress; the wait for each is the time of the rollout."""
+        waited = "data" if phase.kind == "sft" else "rollout"
+        iterator = iter(items)
+        with self.log.phase(phase.name, total=self._total, done=self._phase_step):
+            while True:
+                self._step_started = time.perf_counter()
+                try:
+                    with self.timer(waited):
+                        item = next(iterator)
+                except StopIteration:
+                    return
+                yield item
+
+    def record(self, rollouts: Rollouts, scored: Scored) -> None:
+        """Write the step's rollouts: arrays for replay, text for people."""
+        global_step = self.global_step + 1
+        with self.timer("record"):
+            save_groups(self.dir, global_step, rollouts.requests, rollouts.groups)
+            save_texts(self.dir, global_step, scored)
+            prune(self.dir, global_step, keep=self.config.rollout.keep)
+
+    def end_step(
+        self,
+        phase: Phase,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        iterator: Mapping[str, Any],
+    ) -> None:
+        """Refresh the sampler, score on dev, log, save and stop, each when it is due."""
+        self.global_step += 1
+        every = self.config.eval.every
+        due = step == self._total or (every > 0 and step % every == 0)
+        if phase.kind == "rl" or due:
+            self.refresh(state.params)
+        scores = self._score_dev(phase, state.params) if due else {}
+        self._end(phase, step, state, {**metrics, **scores}, iterator)
+
+    def end_harvest(
+        self, phase: Phase, step: int, candidates: Sequence[Candidate], metrics: Mapping[str, float]
+    ) -> None:
+        """Write the judged rollouts to the flywheel's store, log and save."""
+        self.global_step += 1
+        for candidate in candidates:
+            self._flywheel.append({"iteration": phase.iteration} | candidate.to_json())
+        self._end(phase, step, None, {**metrics, **summarise(candidates)}, None)
+
+    def finish(self, phase: Phase, state: TrainState | None) -> None:
+        """Leave the phase's folder behind: weights, record, and the marker last."""
+        if state is not None:
+            self._save_weights(plans.phase_dir(self.dir, phase) / "weights", state.params, phase)
+        for log in self._logs().values():
+            log.flush()
+        position = Position(phase=phase.index + 1, step=0, global_step=self.global_step)
+        plans.finish(self.dir, phase, self._meta(position, None) | {"steps": self._total})
+        if phase.kind == "harvest":
+            buffer = replace(phase, buffer=(phase.name,))
+            chosen, held = run_inputs.synthetic_inputs(buffer, self._records(), self.config)
+            self.log.say(f"{phase.name}: {len(chosen)} synthetic inputs, {len(held)} held out")
+
+    def final_scores(self) -> None:
+        """Score the best policy of the last phase on whole splits, and print what it is worth."""
+        last = plans.phase_dir(self.dir, self.plan[-1]) / "weights"
+        self._score_final(weights_of(self.parts, self._best_dir if self._best else last), notice="")
+
+    def _end(
+        self,
+        phase: Phase,
+        step: int,
+        state: TrainState | None,
+        metrics: Mapping[str, float],
+        iterator: Mapping[str, Any] | None,
+    ) -> None:
+        self._phase_step = step
+        seconds = time.perf_counter() - self._step_started
+        tokens = metrics.get("batch/tokens", 0.0)
+        speed = {"time/step": seconds, "perf/tokens_per_s": tokens / seconds} | self._compiles.take()
+        self.log.step(self.global_step, {**metrics, **speed, "phase_step": step}, phase=phase.name)
+        if self._first_of_phase:
+            left = seconds * (self._total - step) / 60
+            self.log.say(f"{phase.name}: {self._total} steps, the rest takes at most {left:.1f} min")
+            self._first_of_phase = False
+        reason = self._why_stop()
+        if reason or step % self.config.checkpoint.every == 0:
+            position = Position(phase=phase.index, step=step, global_step=self.global_step)
+            for log in self._logs().values():
+                log.flush()
+            self._store.save(self.global_step, state, self._meta(position, iterator))
+        if reason:
+            self._store.wait()
+            words = f"{reason} at {phase.name} step {step}; saved, go on with --resume --run_dir {self.dir}"
+            if self._stop is None and state is not None:
+                self._score_final(state.params, notice=f"unfinished: {reason}")
+            raise Stopped(words)
+
+    def _why_stop(self) -> str:
+        limit = self.config.time_limit
+        if self._stop is not None:
+            return self._stop
+        over = limit is not None and time.monotonic() - self._started > limit * 60
+        return f"time limit of {limit:g} min reached" if over else ""
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Ask for a stop at the next step boundary."""
+        del frame
+        self._stop = signal.Signals(number).name
+
+    # Scores and files
+
+    def _score_dev(self, phase: Phase, params: Params) -> dict[str, float]:
+        if not self._dev:
+            return {}
+        with self.timer("eval"):
+            predictions = list(greedy_answers(self.engine, self._dev, self.codec, self.config))
+        results = score(predictions, self.data.label_sets, self.data.majority)
+        value = mean_wf1(results)
+        metrics = {"dev/wf1": value}
+        for name, result in results.items():
+            metrics[f"dev/{name}/wf1"] = result["weighted_f1"]
+            metrics[f"dev/{name}/accuracy"] = result["accuracy"]
+            metrics[f"dev/{name}/macro_f1"] = result["macro_f1"]
+            metrics[f"dev/{name}/r1"] = result["r1"]
+            metrics[f"dev/{name}/invalid"] = result["invalid_rate"]
+        if phase == self.plan[-1] and (self._best is None or value > self._best["dev/wf1"]):
+            self._best = {"dev/wf1": value, "global_step": self.global_step, "phase": phase.name}
+            self._save_weights(self._best_dir, params, phase)
+        return metrics
+
+    def _score_final(self, params: Params, *, notice: str) -> None:
+        self.refresh(params)
+        config = self.config
+        note = "; ".join(words for words in (self.parts.note, notice) if words)
+        with self.timer("eval"):
+            results = evaluate_splits(
+                self.engine, self.codec, config, self.data, splits=config.eval.final_splits, note=note,
+                folder=self.dir / "eval", say=self.log.say,
+            )  # fmt: skip
+        if not notice:
+            summary = {"global_step": self.global_step, "best": self._best, "note": note, "splits": results}
+            atomic_write(self._final_file(), json.dumps(summary, indent=1) + "\n")
+
+    def _final_file(self) -> Path:
+        return self.dir / "eval" / "final.json"
+
+    def _save_weights(self, folder: Path, params: Params, phase: Phase) -> None:
+        with self.timer("save"):
+            certificate = {
+                "source": {"kind": "trained", "phase": phase.name, "global_step": self.global_step},
+                **({"note": self.parts.note} if self.parts.note else {}),
+            }
+            save_weights(
+                folder,
+                params,
+                self.parts.model,
+                tokenizer=self.parts.tokenizer_folder,
+                certificate=certificate,
+            )
+
+    def _logs(self) -> dict[str, AppendLog]:
+        assert self.log.metrics is not None
+        return {"metrics.jsonl": self.log.metrics, "flywheel.jsonl": self._flywheel}
+
+    def _meta(self, position: Position, iterator: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
+            "position": asdict(position),
+            "iterator": None if iterator is None else dict(iterator),
+            "logs": {name: list(log.length_and_digest()) for name, log in self._logs().items()},
+            "fingerprint": self.data.fingerprint,
+            "best": self._best,
+        }
+
+    def close(self) -> None:
+        """Finish the last write and release files and devices; errors of the write are raised."""
+        self._compiles.close()
+        self._flywheel.close()
+        self.engine.close()
+        self._store.close()
+
+
+@contextmanager
+def open_run(config: Config, command: Command) -> Iterator[Run]:
+    """Assemble a run, taking up an earlier one where the command says so; SIGTERM stops it at a step
+    boundary."""
+    parts = build_parts(config)
+    data = load_data(config)
+    existing = config.run_dir is not None and (Path(config.run_dir) / "metrics.jsonl").exists()
+    if command.resume == "latest" and not existing:
+        raise ValueError(f"--resume: {config.run_dir} holds no run; name its folder by --run_dir")
+    resume = bool(command.resume) and existing
+    with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
+        for notice in parts.notices:
+            log.say(notice)
+        run = Run(config, parts, data, log)
+        previous = signal.signal(signal.SIGTERM, run.on_signal)
+        try:
+            if resume:
+                run.rewind()
+            yield run
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            run.close()

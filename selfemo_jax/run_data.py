@@ -1,0 +1,158 @@
+"""The labelled inputs of a run: read, decontaminated, built, subsampled, and identified by a digest."""
+
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfemo_jax.config import Config
+from selfemo_jax.data.audit import decontaminate
+from selfemo_jax.data.dialogues import Corpus, LabelSet, load_corpus
+from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
+
+BUNDLED = ("meld", "emorynlp", "iemocap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Everything labelled that a run sees, by data set name."""
+
+    label_sets: Mapping[str, LabelSet]
+    train: Mapping[str, tuple[Sample, ...]]
+    """Original training inputs."""
+    evaluation: Mapping[str, Mapping[str, tuple[Sample, ...]]]
+    """split -> data set -> every labelled utterance of the split."""
+    majority: Mapping[str, str]
+    """Most frequent training label of each set."""
+    fingerprint: str
+    """SHA-256 over every input: a run that is resumed must find the same."""
+    report: Mapping[str, Any]
+    """Counts, and what decontamination dropped."""
+
+    @property
+    def num_classes(self) -> int:
+        """C: the longest label list and one slot for unknown labels."""
+        return max(len(labels.labels) for labels in self.label_sets.values()) + 1
+
+    def all_train(self) -> tuple[Sample, ...]:
+        """All original training inputs, set after set."""
+        return tuple(sample for name in sorted(self.train) for sample in self.train[name])
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """All inputs of an evaluation split, set after set."""
+        if name not in self.evaluation:
+            raise ValueError(f"no split {name!r}; the data has {', '.join(self.evaluation)}")
+        return tuple(s for dataset in sorted(self.evaluation[name]) for s in self.evaluation[name][dataset])
+
+
+def load_data(config: Config) -> RunData:
+    """Read the configured sets and build their inputs; the data module's errors say which file and line."""
+    corpora = {corpus.label_set.name: corpus for corpus in _corpora(config)}
+    report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
+    if config.data.decontaminate:
+        corpora, report["decontaminated"] = decontaminate(corpora)
+    train, majority = {}, {}
+    for name, corpus in sorted(corpora.items()):
+        samples = build_inputs(corpus.splits["train"], corpus.label_set, rule=config.data.rule)
+        if config.data.shuffle_gold:
+            samples = shuffle_gold(samples, config.seed)
+        train[name] = samples
+        majority[name] = _majority(corpus)
+    train = _subset(train, config.data.max_items, config.seed)
+    splits = sorted({split for corpus in corpora.values() for split in corpus.splits} - {"train"})
+    evaluation = {
+        split: {
+            name: build_inputs(corpus.splits[split], corpus.label_set, rule="all")
+            for name, corpus in sorted(corpora.items())
+            if split in corpus.splits
+        }
+        for split in splits
+    }
+    report["train_inputs"] = {name: len(samples) for name, samples in train.items()}
+    report["evaluation_inputs"] = {
+        split: {name: len(samples) for name, samples in sets.items()} for split, sets in evaluation.items()
+    }
+    return RunData(
+        label_sets={name: corpus.label_set for name, corpus in corpora.items()},
+        train=train,
+        evaluation=evaluation,
+        majority=majority,
+        fingerprint=_fingerprint(train, evaluation),
+        report=report,
+    )
+
+
+def fixed_subset(
+    samples: Sequence[Sample], number: int | None, *, seed: int, purpose: str
+) -> tuple[Sample, ...]:
+    """``number`` samples that depend on the seed and the purpose alone, in their original order; all for
+    None."""
+    if number is None or number >= len(samples):
+        return tuple(samples)
+    chosen = sorted(random.Random(f"{purpose}/{seed}").sample(range(len(samples)), number))
+    return tuple(samples[index] for index in chosen)
+
+
+def by_dataset(samples: Iterable[Sample]) -> dict[str, tuple[Sample, ...]]:
+    """The samples of each data set, in order."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.dataset, []).append(sample)
+    return {name: tuple(group) for name, group in groups.items()}
+
+
+def _corpora(config: Config) -> Iterable[Corpus]:
+    root = config.data.root or os.environ.get("SELFEMO_DATA")
+    for name in config.data.sets:
+        if name == "sample":
+            for part in BUNDLED:
+                yield load_corpus(f"sample/{part}", Path())
+        elif name in ("meld", "emorynlp", "iemocap"):
+            if root is None:
+                raise ValueError(
+                    f"data.sets names {name}, but data.root is not given and SELFEMO_DATA is not set; point "
+                    f"one of them at the folder that holds {name}/"
+                )
+            options = {"speaker_style": config.data.speaker_style} if name == "iemocap" else {}
+            yield load_corpus(name, Path(root), **options)
+        else:
+            yield load_corpus(name, Path(root) if root else Path())
+
+
+def _majority(corpus: Corpus) -> str:
+    counts = Counter(
+        max(turn.labels, key=turn.labels.get)
+        for dialogue in corpus.splits["train"]
+        for turn in dialogue.turns
+        if turn.labels
+    )
+    return min(counts, key=lambda label: (-counts[label], corpus.label_set.labels.index(label)))
+
+
+def _subset(
+    train: Mapping[str, tuple[Sample, ...]], number: int | None, seed: int
+) -> dict[str, tuple[Sample, ...]]:
+    """At most ``number`` inputs over all sets together, each set keeping its share."""
+    total = sum(len(samples) for samples in train.values())
+    if number is None or number >= total:
+        return dict(train)
+    return {
+        name: fixed_subset(
+            samples, max(1, number * len(samples) // total), seed=seed, purpose=f"train/{name}"
+        )
+        for name, samples in train.items()
+    }
+
+
+def _fingerprint(train: Mapping, evaluation: Mapping) -> str:
+    digest = hashlib.sha256()
+    for part in (train, *evaluation.values()):
+        for name in sorted(part):
+            for sample in part[name]:
+                digest.update(json.dumps(sample.to_json(), sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""What a phase trains on: original inputs, what earlier harvests added, and the supervised examples of
+both."""
+
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfemo_jax.config import Config
+from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
+from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
+from selfemo_jax.phases import ORIGINAL, Phase
+from selfemo_jax.run_data import RunData, by_dataset, fixed_subset
+from selfemo_jax.scores import encode_prompt
+from selfemo_jax.selfplay.flywheel import choose
+
+SYNTHETIC = "synthetic"
+MIN_SYNTHETIC = 2
+"""Synthetic inputs that every batch asks for, so that a small harvest is met from the first step on."""
+Example = tuple[Sample, tuple[int, ...] | None]
+"""An input and the completion to learn; None is the completion made of the human data."""
+
+
+def synthetic_inputs(
+    phase: Phase, records: Sequence[Mapping[str, Any]], config: Config
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Accepted inputs of the phase's harvests (lines of ``flywheel.jsonl``): for training, and held out."""
+    training: list[Sample] = []
+    held: list[Sample] = []
+    for iteration in _iterations(phase):
+        accepted = [
+            Sample.from_json(record["sample"])
+            for record in records
+            if record["accepted"] and record["iteration"] == iteration
+        ]
+        wheel = config.flywheel
+        chosen, heldout = choose(accepted, n_syn=wheel.n_syn, heldout=wheel.heldout, seed=config.seed)
+        training += chosen
+        held += heldout
+    return tuple(training), tuple(held)
+
+
+def phase_inputs(
+    phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]], config: Config
+) -> dict[str, tuple[Sample, ...]]:
+    """The phase's buffer: original inputs by data set, and the harvests' under ``synthetic``."""
+    synthetic, _ = synthetic_inputs(phase, records, config)
+    return dict(data.train) | ({SYNTHETIC: synthetic} if synthetic else {})
+
+
+def phase_examples(
+    phase: Phase,
+    data: RunData,
+    records: Sequence[Mapping[str, Any]],
+    codec: TextCodec,
+    config: Config,
+) -> dict[str, tuple[Example, ...]]:
+    """Supervised examples by data set: of the human data for the cold start, else the accepted best
+    rollouts."""
+    if ORIGINAL not in phase.buffer:
+        return {SYNTHETIC: _accepted(phase, data, records)}
+    usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
+    if not usable:
+        raise ValueError(
+            "cold_start.source human: no training input has a labelled next turn by another speaker; use "
+            "data.rule context_and_responder, or cold_start.source none with a model that knows the grammar"
+        )
+    # An answer that a rollout cannot hold is left out: cut short it would teach answers without an end.
+    fits = functools.partial(_fits, codec=codec, config=config)
+    usable = [sample for sample in usable if fits(sample)]
+    number = config.cold_start.num
+    examples = {}
+    for name, samples in by_dataset(usable).items():
+        share = None if number is None else max(1, round(number * len(samples) / len(usable)))
+        chosen = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
+        examples[name] = tuple((sample, None) for sample in chosen)
+    return examples
+
+
+def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict[str, float]:
+    """Share of a batch that each source gets; a harvest gets its share of the buffer, within bounds."""
+    settings = config.data.mixture
+    originals = {name: len(items) for name, items in sources.items() if name != SYNTHETIC}
+    num_synthetic = len(sources.get(SYNTHETIC, ()))
+    if not originals:
+        return {SYNTHETIC: 1.0}
+    weights = mixture_weights(
+        originals, kind=settings.kind, temperature=settings.temperature, weights=settings.weights
+    )
+    if not num_synthetic:
+        return weights
+    share = min(config.flywheel.max_share, num_synthetic / (num_synthetic + sum(originals.values())))
+    weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
+    return with_floor(weights, floor={SYNTHETIC: MIN_SYNTHETIC / config.rl.prompts_per_step})
+
+
+def encode_input(sample: Sample, codec: TextCodec, config: Config) -> tuple[Sample, Prompt]:
+    """An input and its training prompt."""
+    return sample, encode_prompt(sample, codec, config, persona=config.data.persona)
+
+
+def encode_example(
+    example: Example, codec: TextCodec, config: Config
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt ids and completion ids of a supervised example."""
+    sample, completion = example
+    prompt = encode_input(sample, codec, config)[1]
+    if completion is None:
+        assert sample.reference is not None and sample.reference.labels is not None
+        completion = completion_ids(
+            sample.gold,
+            sample.reference.labels,
+            normalise_reply(sample.reference.text),
+            codec,
+            think="" if config.model.thinking else None,
+            think_open=prompt.think_open,
+        )
+    return prompt.token_ids, tuple(completion)
+
+
+def play_batches(
+    sources: Mapping[str, Sequence[Sample]], codec: TextCodec, config: Config, *, seed: int
+) -> list[Batch]:
+    """Every input that self-play answers, in a seeded order, cut into steps."""
+    pool = [sample for name in sorted(sources) for sample in sources[name]]
+    random.Random(f"play/{seed}").shuffle(pool)
+    pool = pool[: config.flywheel.max_inputs]
+    size = config.rl.prompts_per_step
+    return [
+        Batch(items=tuple(encode_input(s, codec, config) for s in pool[start : start + size]), state={})
+        for start in range(0, len(pool), size)
+    ]
+
+
+def _fits(sample: Sample, *, codec: TextCodec, config: Config) -> bool:
+    return len(encode_example((sample, None), codec, config)[1]) <= config.rollout.max_tokens
+
+
+def _iterations(phase: Phase) -> list[int]:
+    return [int(name.removeprefix("harvest_")) for name in phase.buffer if name != ORIGINAL]
+
+
+def _accepted(phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]]) -> tuple[Example, ...]:
+    known = {sample.id: sample for sample in data.all_train()}
+    examples = []
+    for record in records:
+        if record["accepted"]:
+            if record["iteration"] in _iterations(phase):
+                examples.append((known[record["parent_id"]], tuple(record["completion_ids"])))
+            child = Sample.from_json(record["sample"])
+            known[child.id] = child
+    return tuple(examples)

@@ -1,0 +1,152 @@
+"""Algorithm 1 of SELF-EMO (arXiv:2604.18003): cold start, rounds of SELF-GRPO and self-play, final SELF-GRPO,
+scores.
+
+    python -m selfemo_jax.train [--config FILE] [--mesh 8 | --mesh fsdp=4,tp=2] [--run_dir DIR]
+                                [--resume | --resume auto] [--dry_run] [--a.b VALUE]
+
+One step of SELF-GRPO: P labelled inputs become prompts; the policy answers each G times with the emotions of
+the last speaker, its own emotions and its reply; r1 is the weighted IoU of the first with the gold, r2 how
+much of the group's core emotions it names; their sum is normalised inside the group and drives a clipped
+update with a KL term to the phase's frozen start. After RL the policy plays: the best answer of each input
+extends its dialogue, its declared emotions become the gold of that turn, and the extended dialogues join the
+inputs of the next round.
+
+Departures from the paper, and points that its text leaves open:
+1. Algorithm 1 is not in the public text; the phases follow the prose (sections 3.2 to 3.4, 4.1).
+2. Without an expert model the cold start is made of the human data: gold label, the next speaker's label as
+   self-emotion, the real next turn as reply (`cold_start.source: human`).
+3. A harvest answers each input once and extends its dialogue by one turn; deeper dialogues come from later
+   harvests, whose inputs hold the earlier ones (`flywheel.max_depth`).
+4. `reward.preset: paper` is the literal reading (r1 + t/T r2, any listed weight counts as named); `robust`
+asks for a weight of .05 and ends at 0.5, which blocks the padding of label lists. 5. With std normalisation
+lambda acts only inside groups whose r1 varies: where all r1 are equal the consensus acts at full strength
+from step 1. That is the paper's; `advantages.scale` has the alternatives and `group/share_r2_only` logs the
+share. 6. The loss is an exact token mean over the mini-batch, on any mesh; verl's older worker averages
+micro-batches. 7. The reported policy is the best of the final phase by dev score; the test split is read
+once, at the end.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+
+from selfemo_jax.config_io import load_config
+from selfemo_jax.data.pipeline import input_stream
+from selfemo_jax.dry_run import describe
+from selfemo_jax.learn import rl_update, sft_update
+from selfemo_jax.phases import Phase
+from selfemo_jax.rollout.stream import rollout_stream
+from selfemo_jax.run import Run, Stopped, open_run
+from selfemo_jax.scoring import score_groups
+from selfemo_jax.selfplay.flywheel import harvest
+from selfemo_jax.train_step import NonFiniteError, learning_rate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the plan; returns the exit status (75 after a stop that can be resumed)."""
+    try:
+        config, command = load_config(sys.argv[1:] if argv is None else argv, prog="selfemo_jax.train")
+        if command.dry_run:
+            describe(config)
+            return 0
+        with open_run(config, command) as run:
+            for phase in run.open_phases():
+                {"sft": supervised, "rl": self_grpo, "harvest": play}[phase.kind](run, phase)
+            run.final_scores()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 75
+    except (ValueError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def supervised(run: Run, phase: Phase) -> None:
+    """Cold start (equation 5), or SFT on what self-play accepted: learn to write the grammar."""
+    config = run.config
+    examples = run.examples(phase)
+    total = math.ceil(
+        config.cold_start.epochs * sum(map(len, examples.values())) / config.cold_start.batch_size
+    )
+    steps = run.steps(config.cold_start.optim)
+    state, at = run.start(phase, steps, total_steps=total)
+    batches = input_stream(
+        examples, run.mixture(examples), run.encode_example,
+        batch_size=config.cold_start.batch_size, seed=run.seed(phase), state=at.iterator,
+    )  # fmt: skip
+    for step, batch in run.watch(phase, zip(range(at.step + 1, total + 1), batches, strict=False)):
+        rate = learning_rate(config.cold_start.optim, step=step - 1, total_steps=total)
+        where = f"{phase.name} step {step}"
+        state, metrics = sft_update(
+            steps, state, batch.items, config, rate=rate, where=where, timer=run.timer
+        )
+        run.end_step(phase, step, state, metrics | {"lr": rate}, batch.state)
+    run.finish(phase, state)
+
+
+def self_grpo(run: Run, phase: Phase) -> None:
+    """SELF-GRPO (equations 6 to 14) from the weights of ``phase.init``, which stay frozen as its
+    reference."""
+    config = run.config
+    inputs = run.inputs(phase)
+    num_inputs = sum(map(len, inputs.values()))
+    total = phase.steps or max(1, int(config.rl.epochs * num_inputs / config.rl.prompts_per_step))
+    steps = run.steps(config.optim)
+    reference = run.weights(phase.init) if config.loss.kl_coef else None
+    state, at = run.start(phase, steps, total_steps=total)
+    batches = input_stream(
+        inputs, run.mixture(inputs), run.encode_input,
+        batch_size=config.rl.prompts_per_step, seed=run.seed(phase), state=at.iterator,
+        num_workers=config.data.num_workers,
+    )  # fmt: skip
+    run.refresh(state.params)
+    stream = rollout_stream(
+        run.engine, batches, run.requests_of(phase), run.sampling,
+        first=at.step + 1, last=total, ahead=config.rollout.overlap, max_lost=config.rollout.max_lost,
+    )  # fmt: skip
+    for step, rollouts in run.watch(phase, stream):
+        with run.timer("reward"):
+            scored = score_groups(
+                rollouts.samples, rollouts.prompts, rollouts.groups, run.codec, run.scorer, config,
+                num_classes=run.data.num_classes, step=step, total_steps=total,
+            )  # fmt: skip
+        rate = learning_rate(config.optim, step=step - 1, total_steps=total)
+        where = f"{phase.name} step {step}"
+        state, metrics = rl_update(
+            steps, state, reference, scored, config, rate=rate, where=where, timer=run.timer
+        )
+        run.record(rollouts, scored)
+        run.end_step(phase, step, state, scored.metrics | metrics | {"lr": rate}, rollouts.batch.state)
+    run.finish(phase, state)
+
+
+def play(run: Run, phase: Phase) -> None:
+    """Self-play and harvest (equation 7): the frozen policy answers every input, the best answers become
+    inputs."""
+    config = run.config
+    batches = run.play_batches(phase)
+    total = len(batches)
+    params, at = run.start_frozen(phase, total_steps=total)
+    run.refresh(params)
+    stream = rollout_stream(
+        run.engine, iter(batches[at.step :]), run.requests_of(phase), run.sampling,
+        first=at.step + 1, last=total, ahead=0, max_lost=config.rollout.max_lost,
+    )  # fmt: skip
+    index = run.reply_index()
+    for step, rollouts in run.watch(phase, stream):
+        with run.timer("reward"):
+            scored = score_groups(
+                rollouts.samples, rollouts.prompts, rollouts.groups, run.codec, run.scorer, config,
+                num_classes=run.data.num_classes, step=total, total_steps=total,
+            )  # fmt: skip
+            candidates = harvest(
+                scored, config, index, iteration=phase.iteration, policy_version=run.global_step
+            )
+        run.record(rollouts, scored)
+        run.end_harvest(phase, step, candidates, scored.metrics)
+    run.finish(phase, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
