@@ -1,0 +1,1 @@
+"""Rollouts: token ids in, sampled completions out, whichever engine serves them."""
