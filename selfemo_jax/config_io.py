@@ -1,16 +1,18 @@
 """Settings from YAML and the command line, and back to YAML: jsonargparse reads, the messages are ours."""
 
+import argparse
 import difflib
-import warnings
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from selfemo_jax.config import Config
 from selfemo_jax.config_check import validate
@@ -62,27 +64,27 @@ def load_config(
     whole is validated. --help prints and exits. ValueError names the key, where it stands and what to write.
     """
     flags = flags or {}
-    parser = _parser(prog, description, flags)
+    own_parser = _flag_parser(prog, description, flags)
     argv = list(argv)
     if "-h" in argv or "--help" in argv:
-        parser.parse_args(["--help"])
-    overrides = _check_command_line(argv, flags)
-    typed = _parse_command_line(parser, argv, overrides)
-    command = Command(
-        resume=typed["resume"], dry_run=typed["dry_run"], extra={name: typed[name] for name in flags}
-    )
+        settings = _settings_parser().format_help().partition("\n\n")[2]
+        print(own_parser.format_help() + "\n" + re.sub(r"  --\S+ CONFIG +Path to a .*\n", "", settings))
+        raise SystemExit(0)
+    words, texts = _split_command_line(argv, flags)
+    own = vars(own_parser.parse_args(words))
+    overrides = _typed_overrides(texts)
+    command = Command(resume=own["resume"], dry_run=own["dry_run"], extra={name: own[name] for name in flags})
 
-    if typed["config"] is not None:
-        path = _find_config(typed["config"])
+    if own["config"] is not None:
+        path = _find_config(own["config"])
     else:
-        saved = Path(typed["run_dir"] or "") / "config.yaml"
-        resumed = saved if command.resume and typed["run_dir"] and saved.is_file() else None
+        saved = Path(overrides.get("run_dir") or ".") / "config.yaml"
+        resumed = saved if command.resume and "run_dir" in overrides and saved.is_file() else None
         path = (base and base(command)) or resumed or config_folder() / "tiny.yaml"
-    settings = _laid_over(_read_yaml(path), _typed_overrides(typed, overrides))
-    config = _build(parser, settings, where=str(path))
+    config = _build(_laid_over(_read_yaml(path), overrides), where=str(path))
     if config.run_dir is None:
         config = replace(config, run_dir=str(Path("runs") / path.stem))
-    sources = f"{path} and the {COMMAND_LINE}" if overrides else str(path)
+    sources = f"{path} and the {COMMAND_LINE}" if texts else str(path)
     validate(config, where=sources)
     return config, replace(command, config_file=path)
 
@@ -94,7 +96,7 @@ def read_config(path: Path) -> Config:
 
 def parse_config(settings: Mapping[str, Any], *, where: str = "settings") -> Config:
     """A validated Config from nested mappings as YAML gives them; `where` opens each error message."""
-    config = _build(_parser("settings", "", {}), _checked_keys(settings, where), where=where)
+    config = _build(_checked_keys(settings, where), where=where)
     validate(config, where=where)
     return config
 
@@ -120,10 +122,9 @@ def _find_config(name: str) -> Path:
         if bundled.is_file():
             return bundled
     known = sorted(f"configs/{p.relative_to(config_folder())}" for p in config_folder().rglob("*.yaml"))
-    near = _nearest(name, known)
-    raise ValueError(
-        f"{COMMAND_LINE}: --config {name}: no such file; {near or 'bundled: ' + ', '.join(known)}"
-    )
+    close = difflib.get_close_matches(f"configs/{path.name}", known, n=1)
+    near = f"did you mean {close[0]}?" if close else f"bundled: {', '.join(known)}"
+    raise ValueError(f"{COMMAND_LINE}: --config {name}: no such file; {near}")
 
 
 # ---- the tree as keys ----
@@ -243,7 +244,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return _checked_keys({} if settings is None else settings, str(path))
 
 
-def _build(parser: ArgumentParser, settings: dict[str, Any], *, where: str) -> Config:
+def _build(settings: dict[str, Any], *, where: str) -> Config:
+    parser = _settings_parser()
     try:
         parsed = parser.parse_object(settings)
     except ArgumentError as error:
@@ -260,17 +262,22 @@ def _build(parser: ArgumentParser, settings: dict[str, Any], *, where: str) -> C
 # ---- the command line ----
 
 
-def _parser(prog: str, description: str, flags: Mapping[str, Flag]) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+class _FlagParser(argparse.ArgumentParser):
+    """A parser whose complaints are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{COMMAND_LINE}: {message}")
+
+
+def _flag_parser(prog: str, description: str, flags: Mapping[str, Flag]) -> argparse.ArgumentParser:
     positionals = "".join(f" [{name}]" for name, flag in flags.items() if flag.positional)
-    parser = ArgumentParser(
+    parser = _FlagParser(
         prog=prog,
         description=description,
         usage=f"{prog} [--config FILE] [--FLAG VALUE ...] [--SECTION.FIELD VALUE ...]{positionals}",
-        exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=str | None, help="YAML file; what it leaves out has the default")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; what it leaves out has the default")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -286,56 +293,57 @@ def _parser(prog: str, description: str, flags: Mapping[str, Flag]) -> ArgumentP
         elif flag.switch:
             parser.add_argument(f"--{name}", action="store_true", help=flag.help)
         else:
-            hint = flag.type if flag.default is not None or flag.required else flag.type | None
             parser.add_argument(
-                f"--{name}", type=hint, default=flag.default, required=flag.required, help=flag.help
+                f"--{name}", type=flag.type, default=flag.default, required=flag.required, help=flag.help
             )
+    return parser
+
+
+@cache
+def _settings_parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
     parser.add_class_arguments(Config)
     return parser
 
 
-def _check_command_line(argv: Sequence[str], flags: Mapping[str, Flag]) -> dict[str, str]:
-    """The settings on the command line as text, once every dashed name in it is known."""
+def _split_command_line(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[list[str], dict[str, str]]:
+    """The command's own words, and the settings as texts by key, once every dashed name is known."""
     switches = {"dry_run", "resume", *(name for name, flag in flags.items() if flag.switch)}
     own = {"config", *switches, *(name for name, flag in flags.items() if not flag.positional)}
-    overrides: dict[str, str] = {}
+    words: list[str] = []
+    texts: dict[str, str] = {}
     tokens = iter(argv)
     for token in tokens:
-        if not token.startswith("--") or token == "--":
-            continue
         name, equals, value = token[2:].partition("=")
-        if name in SECTIONS:
-            example = next(key for key in LEAVES if key.startswith(name + "."))
-            raise ValueError(f"{COMMAND_LINE}: {name} is a section; set its fields, as --{example} VALUE")
+        if not token.startswith("--") or token == "--" or (equals and name in own) or name in switches:
+            words.append(token)
+            continue
         if name not in LEAVES and name not in own:
+            if name in SECTIONS:
+                example = next(key for key in LEAVES if key.startswith(name + "."))
+                raise ValueError(f"{COMMAND_LINE}: {name} is a section; set its fields, as --{example} VALUE")
             raise _unknown(name, [*LEAVES, *sorted(own)], COMMAND_LINE)
-        if not equals and name not in switches:
-            value = next(tokens, None)
-            if value is None or value.startswith("--"):
+        if not equals:
+            value = next(tokens, "--")
+            if value.startswith("--"):
                 raise ValueError(f"{COMMAND_LINE}: --{name} needs a value, as --{name} VALUE")
-        if name in LEAVES:
-            overrides[name] = value
-    return overrides
+        if name in own:
+            words.append(f"--{name}={value}")
+        else:
+            texts[name] = value
+    return words, texts
 
 
-def _parse_command_line(
-    parser: ArgumentParser, argv: Sequence[str], overrides: Mapping[str, str]
-) -> Namespace:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return parser.parse_args(list(argv))
-    except ArgumentError as error:
-        for key, text in overrides.items():
-            try:
-                _parser("", "", {}).parse_args([f"--{key}={text}"])
-            except ArgumentError:
-                raise _wrong_type(key, text, COMMAND_LINE) from None
-        raise ValueError(f"{COMMAND_LINE}: {error}") from None
-
-
-def _typed_overrides(typed: Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
-    return {key: typed[key] for key in overrides}
+def _typed_overrides(texts: Mapping[str, str]) -> dict[str, Any]:
+    parser = _settings_parser()
+    typed: dict[str, Any] = {}
+    for key, text in texts.items():
+        try:
+            typed[key] = parser.parse_args([f"--{key}={text}"])[key]
+        except ArgumentError:
+            raise _wrong_type(key, text, COMMAND_LINE) from None
+    return typed
 
 
 # ---- messages ----

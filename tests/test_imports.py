@@ -1,0 +1,136 @@
+"""Imports point one way, and heavy libraries stay where they belong: read from our own import statements."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "selfemo_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "algo": set(),
+    "model": set(),
+    "data": set(),
+    "config": set(),
+    "runlog": {"config"},
+    "phases": {"config"},
+    "checkpoint": {"model", "config", "runlog", "phases"},
+    "train_step": {"algo", "model", "data", "config"},
+    "rollout": {"algo", "model", "data", "config", "checkpoint", "runlog", "phases"},
+    "selfplay": {"algo", "model", "data", "config", "rollout", "checkpoint", "runlog", "phases"},
+    "study": {"algo", "model", "data", "config", "rollout", "checkpoint", "runlog", "phases", "selfplay"},
+}
+"""Part -> the parts it may use beside itself. What is not named here is a page and may use every part."""
+
+GROUPS = {"config_io": "config", "config_check": "config", "appendlog": "runlog", "sinks": "runlog"}
+ALGO_LIBRARIES = {"jax", "jaxtyping"}
+SIDECAR_ONLY = {"torch", "vllm"}
+
+
+def part_of(module: str) -> str:
+    """`selfemo_jax.model.decoder` -> model; `selfemo_jax.config_io` -> config."""
+    name = (module.split(".") + ["", ""])[1]
+    return GROUPS.get(name, name)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether the statement stands at the top level) of every import in the source."""
+    tree = ast.parse(source)
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
+            if base == "selfemo_jax":
+                for alias in node.names:
+                    yield f"{base}.{alias.name}", id(node) in top
+            else:
+                yield base, id(node) in top
+
+
+def of(path: Path) -> list[tuple[str, bool]]:
+    return list(imports(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_one_way(path):
+    part = part_of(module_name(path))
+    for target, _ in of(path):
+        if target.split(".")[0] != "selfemo_jax" or part not in MAY_IMPORT:
+            continue
+        used = part_of(target)
+        assert used in MAY_IMPORT[part] | {part, ""}, f"{part} must not import {target}"
+
+
+def test_nothing_imports_a_page():
+    parts = set(MAY_IMPORT) | {""}
+    for path in MODULES:
+        if part_of(module_name(path)) not in parts:
+            continue
+        for target, _ in of(path):
+            if target.startswith("selfemo_jax."):
+                assert part_of(target) in parts, f"{module_name(path)} imports the page {target}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_libraries_stay_where_they_belong(path):
+    module = module_name(path)
+    part = part_of(module)
+    sidecar = module.startswith("selfemo_jax.rollout.sidecar")
+    for target, top in of(path):
+        library = target.split(".")[0]
+        assert sidecar or library not in SIDECAR_ONLY, f"{module} imports {library}"
+        if sidecar:
+            assert library != "selfemo_jax", f"{module} runs in its own environment and imports {target}"
+        if part == "algo":
+            ours = library == "selfemo_jax"
+            standard = library in sys.stdlib_module_names
+            assert ours or standard or library in ALGO_LIBRARIES, f"{module} imports {library}"
+        if part == "data":
+            assert library not in ("jax", "jaxlib"), f"{module} imports {library}"
+            if library == "grain":
+                assert module == "selfemo_jax.data.pipeline" and not top, (
+                    f"{module} imports grain; lazily, please"
+                )
+        if part in ("config", "runlog"):
+            assert library != "jax" or not top, f"{module} imports jax when it is imported"
+
+
+def test_hf_convert_reads_weights_without_jax():
+    path = PACKAGE / "model" / "hf_convert.py"
+    if not path.exists():
+        pytest.skip("there is no model/hf_convert.py")
+    assert not [target for target, top in of(path) if top and target.split(".")[0] in ("jax", "jaxlib")]
+
+
+def test_no_name_says_nothing():
+    assert not [path for path in MODULES if path.stem in ("utils", "helpers", "misc", "common")]
+
+
+def test_the_reader_of_imports_sees_every_spelling():
+    source = (
+        "import torch.nn as nn\nfrom . import rewards\nfrom ..data import grammar\nfrom selfemo_jax import train\n"
+        "def f():\n    import vllm\n"
+    )
+    assert list(imports(source, "selfemo_jax.algo.losses", False)) == [
+        ("torch.nn", True),
+        ("selfemo_jax.algo", True),
+        ("selfemo_jax.data", True),
+        ("selfemo_jax.train", True),
+        ("vllm", False),
+    ]
+    assert list(imports("from .x import y", "selfemo_jax.algo", True)) == [("selfemo_jax.algo.x", True)]
