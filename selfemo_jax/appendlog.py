@@ -12,7 +12,7 @@ __all__ = ["AppendLog", "atomic_write"]
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write the file aside, flush it to disk and rename it: a reader sees all of the old or all of the new."""
+    """Write the file aside, flush it to disk and rename it: a reader sees the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

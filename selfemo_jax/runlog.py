@@ -89,8 +89,8 @@ def _commit() -> tuple[str | None, bool | None]:
 class RunLog:
     """One run's folder while it is being written; closed by `close` or at the end of a `with` block.
 
-    A step's line in metrics.jsonl holds step, phase, the metrics, and `time/<name>` seconds of each timer since
-    the line before. Timers measure the host: wait for device results inside them.
+    A step's line in metrics.jsonl holds step, phase, the metrics, and `time/<name>` seconds of each timer
+    since the line before. Timers measure the host: wait for device results inside them.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar where there is one."""
         if self._primary:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def flush(self) -> None:
         """Return once every line is on disk; called at each checkpoint."""
