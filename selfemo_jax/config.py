@@ -329,6 +329,8 @@ class Flywheel:
     """Sample anew with the frozen policy, or take the training rollouts of the last max_age steps."""
     max_age: Count = 50
     """Steps; only for harvest replay."""
+    max_inputs: Count | None = None
+    """Inputs that a harvest answers, chosen by the seed; null: the whole buffer once."""
     max_depth: Count = 3
     """Generated turns a dialogue may carry."""
     max_share: Share = 0.5
@@ -410,18 +412,18 @@ class Config:
     log: Log = field(default_factory=Log)
 
 
-MESH_AXES = ("fsdp", "tp")
+MESH_AXES = ("data", "fsdp", "tp")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes of a mesh in the order (fsdp, tp): `"8"` is fsdp 8, tp 1; `"fsdp=4,tp=2"` names both.
+    """Axis sizes of a mesh in the order (data, fsdp, tp): `"8"` is fsdp 8; `"fsdp=4,tp=2"` names its axes.
 
     ValueError for another axis, an axis named twice or a size that is not a positive whole number.
     """
     hint = "write a number of devices (8) or axes (fsdp=4,tp=2)"
     text = text.strip()
     if re.fullmatch(r"[1-9][0-9]*", text):
-        return {"fsdp": int(text), "tp": 1}
+        text = f"fsdp={text}"
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z_]+)\s*=\s*([1-9][0-9]*)\s*", part)
@@ -429,7 +431,7 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"mesh {text!r}: cannot read {part!r}; {hint}")
         axis, size = match.groups()
         if axis not in MESH_AXES:
-            raise ValueError(f"mesh {text!r}: unknown axis {axis!r}; the axes are {' and '.join(MESH_AXES)}")
+            raise ValueError(f"mesh {text!r}: unknown axis {axis!r}; the axes are {', '.join(MESH_AXES)}")
         if axis in sizes:
             raise ValueError(f"mesh {text!r}: axis {axis} is given twice; {hint}")
         sizes[axis] = int(size)

@@ -68,7 +68,8 @@ def _batches(config: Config) -> Iterator[str]:
             f"{_multiples(rl.prompts_per_step, rl.mini_prompts)}"
         )
     try:
-        data_axes = parse_mesh(config.mesh)["fsdp"]
+        axes = parse_mesh(config.mesh)
+        data_axes = axes["data"] * axes["fsdp"]
     except ValueError as error:
         yield str(error)
     else:
@@ -77,7 +78,7 @@ def _batches(config: Config) -> Iterator[str]:
                 f"batch.micro_rows is {batch.micro_rows} and mesh {config.mesh!r} "
                 f"({num_devices(config.mesh)} devices) splits the rows of a micro-batch over {data_axes}: "
                 "each must get the same number; set batch.micro_rows to "
-                f"{_multiples(batch.micro_rows, data_axes)}, or a mesh whose fsdp divides it"
+                f"{_multiples(batch.micro_rows, data_axes)}, or a mesh whose data axes divide it"
             )
     longest = config.data.max_prompt + config.rollout.max_tokens
     if batch.row_tokens < longest:

@@ -274,7 +274,7 @@ def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
         ("data.sets", [], "data.sets is empty"),
         ("data.sets", ["meld", "meld"], "named twice"),
         ("data.mixture.weights", {"meld": 1.0}, "set kind to weights"),
-        ("mesh", "fsdp=2,pp=2", "the axes are fsdp and tp"),
+        ("mesh", "fsdp=2,pp=2", "the axes are data, fsdp, tp"),
     ],
 )
 def test_values_out_of_range_are_named(key, value, words):
@@ -304,10 +304,10 @@ def test_replayed_harvest_needs_the_rollouts_it_reads():
 
 
 def test_mesh_text():
-    assert parse_mesh("8") == {"fsdp": 8, "tp": 1}
-    assert parse_mesh("fsdp=4,tp=2") == {"fsdp": 4, "tp": 2}
-    assert list(parse_mesh(" tp = 2 , fsdp = 4 ")) == ["fsdp", "tp"]
-    assert parse_mesh("tp=2") == {"fsdp": 1, "tp": 2}
+    assert parse_mesh("8") == {"data": 1, "fsdp": 8, "tp": 1}
+    assert parse_mesh("data=2,fsdp=4,tp=2") == {"data": 2, "fsdp": 4, "tp": 2}
+    assert list(parse_mesh(" tp = 2 , fsdp = 4 ")) == ["data", "fsdp", "tp"]
+    assert parse_mesh("tp=2") == {"data": 1, "fsdp": 1, "tp": 2}
     for text in ("", "0", "-2", "4x2", "fsdp=0", "fsdp=2,fsdp=2", "dp=2", "fsdp=4;tp=2"):
         with pytest.raises(ValueError, match="mesh"):
             parse_mesh(text)
@@ -342,7 +342,7 @@ def test_qwen3_configs_carry_table_12(size):
     assert config.loss.entropy_coef == 0
     assert config.rl.group_size == 8
     assert config.batch.row_tokens == 12400
-    assert parse_mesh(config.mesh) == {"fsdp": 8, "tp": 1}
+    assert parse_mesh(config.mesh) == {"data": 1, "fsdp": 8, "tp": 1}
     assert config.checkpoint.every == 480
     assert config.eval.every == 10
     assert config.rl.epochs == 3
