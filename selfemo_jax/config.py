@@ -321,6 +321,8 @@ class Flywheel:
 
     iterations: Natural = 1
     """Rounds of RL, play and harvest before the final RL phase; 0: no self-play."""
+    max_inputs: Count | None = None
+    """Inputs that self-play answers per iteration, chosen by the seed; null: all."""
     n_syn: Count = 8000
     """Synthetic inputs kept per iteration at most."""
     tau: Share = 0.5

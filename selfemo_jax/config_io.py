@@ -80,7 +80,8 @@ def load_config(
     else:
         saved = Path(overrides.get("run_dir") or ".") / "config.yaml"
         resumed = saved if command.resume and "run_dir" in overrides and saved.is_file() else None
-        path = (base and base(command)) or resumed or config_folder() / "tiny.yaml"
+        chosen = base(command) if base else None
+        path = chosen or resumed or config_folder() / "tiny.yaml"
     config = _build(_laid_over(_read_yaml(path), overrides), where=str(path))
     if config.run_dir is None:
         config = replace(config, run_dir=str(Path("runs") / path.stem))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -152,7 +152,7 @@ class RunLog:
         atomic_write(path, json.dumps(found, indent=1) + "\n")
 
     @contextmanager
-    def timer(self, name: str) -> Iterator[None]:
+    def timer(self, name: str) -> Generator[None]:
         """Add the seconds of the block to `time/<name>` of the next line, also when the block raises."""
         start = time.perf_counter()
         try:
@@ -161,7 +161,7 @@ class RunLog:
             self._seconds[f"time/{name}"] += time.perf_counter() - start
 
     @contextmanager
-    def phase(self, name: str, *, total: int, done: int = 0) -> Iterator[None]:
+    def phase(self, name: str, *, total: int, done: int = 0) -> Generator[None]:
         """Show progress over `total` steps, of which `done` are behind us, while the block runs."""
         self._started, self._done, self._total = time.monotonic(), 0, total - done
         if not (self._primary and self._console.is_terminal):

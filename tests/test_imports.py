@@ -137,8 +137,8 @@ def test_no_name_says_nothing():
 
 def test_the_reader_of_imports_sees_every_spelling():
     source = (
-        "import torch.nn as nn\nfrom . import rewards\nfrom ..data import grammar\nfrom selfemo_jax import train\n"
-        "def f():\n    import vllm\n"
+        "import torch.nn as nn\nfrom . import rewards\nfrom ..data import grammar\n"
+        "from selfemo_jax import train\ndef f():\n    import vllm\n"
     )
     assert list(imports(source, "selfemo_jax.algo.losses", False)) == [
         ("torch.nn", True),
