@@ -1,0 +1,371 @@
+"""The compiled half of the JAX engine: prefill, and decoding in chunks of tokens.
+
+A prompt is prefilled once, without its last token, and its keys and values are shared by all its rollouts;
+the last prompt token is the first input of every row, so that no step differs from the others. A row is one
+rollout; slots hold one prompt and `W` rows each. All rows write their completion cache at one common column,
+whatever their age: a row that has sampled `count` tokens owns the last `count` columns.
+
+The layers are held in stacks: one stack of all L layers, looped over, or L stacks of one layer, unrolled
+(`stack_layers`). Unrolled is faster where small products dominate, and slower to compile.
+
+Shape letters: S slots, W rows of a slot, B prompts of a prefill, P prompt columns, T completion columns, C
+tokens of a chunk, M layers of a stack, V vocabulary, D model, N query heads, K key-value heads, R = N / K, H
+head size.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from selfemo_jax.algo.sampling import sample
+from selfemo_jax.model.attention import choose_backend, packed_attention
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Compute, Params, embed_tokens, layer_output, layer_qkv
+from selfemo_jax.model.linear import rms_norm
+from selfemo_jax.model.rope import rope_tables
+from selfemo_jax.model.sharding import RULES, abstract_params, partition_spec
+
+_NEGATIVE = -1e30
+_ROWS = ("data", "fsdp")
+
+Caches = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values of each stack: prompts ``[M, S, K, P, H]``, completions ``[M, S, W, K, T, H]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The compiled functions of one model on one mesh; jax.jit keeps one program per shape in each."""
+
+    take_weights: Callable[[Params], Params]
+    """Training weights -> a copy in the decode layout: ``embed``, ``stacks``, ``final_norm``, ``head``."""
+    prefill: Callable[..., Caches]
+    admit: Callable[..., Caches]
+    take_slots: Callable[..., Caches]
+    take_rows: Callable[..., Caches]
+    decode: Callable[..., tuple[Caches, dict[str, jax.Array]]]
+    empty: Callable[..., tuple[Caches, Caches]]
+
+    def num_compiled(self) -> int:
+        """Programs compiled so far, over all shapes."""
+        return sum(function._cache_size() for function in vars(self).values())
+
+
+@functools.lru_cache(maxsize=8)
+def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool, shard: bool) -> Programs:
+    """The functions of the engine; shared by engines of the same model and mesh, so each shape compiles once.
+
+    ``shard`` keeps the weights split over fsdp, as in training; else each data row of the mesh holds them
+    whole (up to tp).
+    """
+    place = functools.partial(NamedSharding, mesh)
+    whole = place(PartitionSpec())
+    prompt = place(PartitionSpec(None, _ROWS, "tp", None, None))
+    cache = place(PartitionSpec(None, _ROWS, None, "tp", None, None))
+    settings = {"config": config, "compute": compute}
+    pin = lambda x: lax.with_sharding_constraint(x, place(PartitionSpec(_ROWS)))  # noqa: E731
+    return Programs(
+        take_weights=jax.jit(
+            functools.partial(stack_layers, unroll=unroll, **settings),
+            out_shardings=weight_shardings(config, compute, mesh, unroll=unroll, shard=shard),
+        ),
+        prefill=jax.jit(functools.partial(prefill, pin=pin, **settings), out_shardings=prompt),
+        admit=jax.jit(admit, donate_argnums=0, out_shardings=prompt),
+        take_slots=jax.jit(take_slots, static_argnames="length", out_shardings=prompt),
+        take_rows=jax.jit(take_rows, static_argnames="length", out_shardings=cache),
+        decode=jax.jit(
+            functools.partial(decode, pin=pin, **settings),
+            static_argnames=("chunk", "temperature", "top_k", "top_p"),
+            donate_argnames="caches",
+            out_shardings=(cache, whole),
+        ),
+        empty=jax.jit(
+            functools.partial(empty, unroll=unroll, **settings),
+            static_argnames=("slots", "width", "prompt_length", "length"),
+            out_shardings=(prompt, cache),
+        ),
+    )
+
+
+def stack_layers(params: Params, *, config: ModelConfig, compute: Compute, unroll: bool) -> Params:
+    """A copy of the weights in the compute dtype, cut into stacks, never the same buffers as ``params``."""
+    cast = lambda x: jnp.array(x, dtype=compute.dtype, copy=True)  # noqa: E731
+    layers = jax.tree.map(cast, params["layers"])
+    pieces = [slice(i, i + 1) for i in range(config.num_layers)] if unroll else [slice(None)]
+    head = params["head"] if "head" in params else params["embed"].T
+    return {
+        "embed": cast(params["embed"]),
+        "stacks": tuple({name: weight[piece] for name, weight in layers.items()} for piece in pieces),
+        "final_norm": cast(params["final_norm"]),
+        "head": jnp.array(head, dtype=jnp.float32 if compute.logits_float32 else compute.dtype, copy=True),
+    }
+
+
+def weight_shardings(
+    config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool, shard: bool
+) -> Params:
+    """Where `stack_layers` puts each weight."""
+    shapes, axes = abstract_params(config)
+    sizes = dict(mesh.shape)
+
+    def sharding(names: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if shard:
+            return NamedSharding(mesh, partition_spec(leaf.shape, names, sizes))
+        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+
+    placed = jax.tree.map(sharding, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    if "head" not in placed:
+        spec = tuple(placed["embed"].spec) or (None, None)
+        placed["head"] = NamedSharding(mesh, PartitionSpec(*spec[::-1]))
+    num_stacks = config.num_layers if unroll else 1
+    return {
+        "embed": placed["embed"],
+        "stacks": (placed["layers"],) * num_stacks,
+        "final_norm": placed["final_norm"],
+        "head": placed["head"],
+    }
+
+
+def empty(
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    unroll: bool,
+    slots: int,
+    width: int,
+    prompt_length: int,
+    length: int,
+) -> tuple[Caches, Caches]:
+    """Prompt and completion caches of zeros."""
+    c = config
+    num_stacks, depth = (c.num_layers, 1) if unroll else (1, c.num_layers)
+
+    def zeros(*shape: int) -> Caches:
+        pair = lambda: jnp.zeros((depth, *shape, c.head_dim), compute.dtype)  # noqa: E731
+        return tuple((pair(), pair()) for _ in range(num_stacks))
+
+    return zeros(slots, c.num_kv_heads, prompt_length), zeros(slots, width, c.num_kv_heads, length)
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    pin: Callable[[jax.Array], jax.Array],
+) -> Caches:
+    """Keys and values ``[M, B, K, P, H]`` of right-padded prompts; columns from ``lengths`` on mean
+    nothing."""
+    num_rows, num_columns = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(num_columns)[None, :], (num_rows, num_columns))
+    segments = jnp.where(positions < lengths[:, None], 0, 1)
+    nothing = jnp.full_like(segments, -1)
+    backend = choose_backend(compute.attention, num_columns)
+    tables = rope_tables(positions, config)
+
+    def block(x, layer):
+        q, k, v = layer_qkv(layer, config, x, tables)
+        attended = packed_attention(q, k, v, segments, nothing, backend=backend)
+        heads_major = (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        return pin(layer_output(layer, config, x, attended)), heads_major
+
+    x = pin(embed_tokens(params, compute, tokens))
+    caches = []
+    for stack in params["stacks"]:
+        x, pair = lax.scan(block, x, stack)
+        caches.append(pair)
+    return tuple(caches)
+
+
+def admit(prompts: Caches, new: Caches, slots: Int[Array, " B"]) -> Caches:
+    """Write prefilled prompts into their slots; a slot number beyond the last is dropped."""
+    length = new[0][0].shape[3]
+    write = lambda old, fresh: old.at[:, slots, :, :length].set(fresh, mode="drop")  # noqa: E731
+    return jax.tree.map(write, prompts, new)
+
+
+def take_slots(prompts: Caches, source: Int[Array, " S"], *, length: int) -> Caches:
+    """Prompt caches in a new order of slots and with ``length`` columns."""
+
+    def take(x):
+        taken = jnp.take(x[:, :, :, :length], source, axis=1)
+        return jnp.pad(taken, ((0, 0),) * 3 + ((0, length - taken.shape[3]), (0, 0)))
+
+    return jax.tree.map(take, prompts)
+
+
+def take_rows(caches: Caches, source: Int[Array, "S W"], shift: Int[Array, ""], *, length: int) -> Caches:
+    """Completion caches of the rows ``source`` (slot * W + row, of the old layout), without their first
+    ``shift`` columns, with ``length`` columns."""
+
+    def take(x):
+        depth, slots, width, *rest = x.shape
+        taken = jnp.take(x.reshape(depth, slots * width, *rest), source, axis=1)
+        padded = jnp.pad(taken, ((0, 0),) * 4 + ((0, length), (0, 0)))
+        return lax.dynamic_slice_in_dim(padded, shift, length, axis=4)
+
+    return jax.tree.map(take, caches)
+
+
+def uniforms(
+    seeds: UInt32[Array, "S W 2"], rollouts: Int[Array, "S W"], positions: Int[Array, "S W C"]
+) -> Float[Array, "S W C 2"]:
+    """Two uniforms for each token: a function of (seed, rollout, position of the token) alone."""
+
+    def one_row(seed, rollout, positions):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), rollout)
+        return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(
+            positions
+        )
+
+    return jax.vmap(jax.vmap(one_row))(seeds, rollouts, positions)
+
+
+def two_part_attention(
+    q: Float[Array, "S W N H"],
+    prompt: tuple[Float[Array, "S K P H"], Float[Array, "S K P H"]],
+    cache: tuple[Float[Array, "S W K T H"], Float[Array, "S W K T H"]],
+    prompt_mask: Bool[Array, "S P"],
+    cache_mask: Bool[Array, "S W T"],
+) -> Float[Array, "S W N H"]:
+    """One softmax over a slot's prompt and the row's own completion; scores and softmax in float32.
+
+    The prompt part is one matrix product per slot and key-value head, of all W * R queries of the slot.
+    """
+    slots, width, num_heads, head_dim = q.shape
+    num_kv = prompt[0].shape[1]
+    repeats = num_heads // num_kv
+    own = q.reshape(slots, width, num_kv, repeats, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
+    shared = own.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, head_dim)
+    to_shared = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, -1)  # noqa: E731
+
+    first = jnp.einsum("skqh,skph->skqp", shared, prompt[0], preferred_element_type=jnp.float32)
+    first = jnp.where(prompt_mask[:, None, None, :], first, _NEGATIVE)
+    second = jnp.einsum("swkrh,swkth->swkrt", own, cache[0], preferred_element_type=jnp.float32)
+    second = jnp.where(cache_mask[:, :, None, None, :], second, _NEGATIVE)
+    highest = jnp.maximum(first.max(axis=-1, keepdims=True), to_shared(second.max(axis=-1, keepdims=True)))
+    highest_own = highest.reshape(slots, num_kv, width, repeats, 1).transpose(0, 2, 1, 3, 4)
+    first, second = jnp.exp(first - highest), jnp.exp(second - highest_own)
+    total = first.sum(axis=-1, keepdims=True) + to_shared(second.sum(axis=-1, keepdims=True))
+    from_prompt = jnp.einsum(
+        "skqp,skph->skqh", first.astype(q.dtype), prompt[1], preferred_element_type=jnp.float32
+    )
+    from_own = jnp.einsum(
+        "swkrt,swkth->swkrh", second.astype(q.dtype), cache[1], preferred_element_type=jnp.float32
+    )
+    out = (from_prompt + to_shared(from_own)) / total
+    out = out.reshape(slots, num_kv, width, repeats, head_dim).transpose(0, 2, 1, 3, 4)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def decode(
+    params: Params,
+    prompts: Caches,
+    caches: Caches,
+    rows: dict[str, jax.Array],
+    numbers: dict[str, jax.Array],
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    pin: Callable[[jax.Array], jax.Array],
+    chunk: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Caches, dict[str, jax.Array]]:
+    """Up to ``chunk`` tokens for every live row.
+
+    ``rows``: ``token`` (the next input), ``count`` (tokens sampled so far), ``live``, ``rollout`` ``[S, W]``,
+    ``seed [S, W, 2]`` and ``prompt_length [S]`` (columns of the prompt cache in use). ``numbers``: the first
+    ``column`` to write, ``limit`` of steps, ``stop_at`` (leave when that few rows live), ``max_tokens``, and
+    ``stop_ids`` (padded with -1). Returns the caches, ``tokens`` and ``logprobs [S, W, C]``, ``count``,
+    ``live`` and ``steps``; a row's new tokens are its first ``count`` minus old ``count``.
+    """
+    slots, width = rows["token"].shape
+    num_columns = caches[0][0].shape[4]
+    prompt_mask = jnp.arange(prompts[0][0].shape[3])[None, :] < rows["prompt_length"][:, None]
+    column_ids = jnp.arange(num_columns)[None, None, :]
+    draws = None
+    if temperature > 0:
+        draws = uniforms(rows["seed"], rows["rollout"], rows["count"][..., None] + jnp.arange(chunk))
+
+    def going(carry):
+        return (carry["step"] < numbers["limit"]) & (carry["live"].sum() > numbers["stop_at"])
+
+    def one_token(carry):
+        step, count, live = carry["step"], carry["count"], carry["live"]
+        column = numbers["column"] + step
+        seen = (column_ids <= column) & (column_ids >= column - count[..., None])
+        tables = rope_tables(rows["prompt_length"][:, None] + count, config)
+        x = pin(embed_tokens(params, compute, carry["token"]))
+
+        def block(x, layer, prompt, cache, index):
+            q, k, v = layer_qkv(layer, config, x, tables)
+            at = (index, 0, 0, 0, column, 0)
+            cache = tuple(
+                lax.dynamic_update_slice(whole, new[None, :, :, :, None], at)
+                for whole, new in zip(cache, (k, v), strict=True)
+            )
+            pick = lambda whole: lax.dynamic_index_in_dim(whole, index, keepdims=False)  # noqa: E731
+            attended = two_part_attention(
+                q, jax.tree.map(pick, prompt), jax.tree.map(pick, cache), prompt_mask, seen
+            )
+            return pin(layer_output(layer, config, x, attended)), cache
+
+        new_caches = []
+        for stack, prompt, cache in zip(params["stacks"], prompts, carry["caches"], strict=True):
+            x, cache = _through_stack(block, x, stack, prompt, cache)
+            new_caches.append(cache)
+        hidden = rms_norm(x, params["final_norm"], eps=config.norm_eps).astype(params["head"].dtype)
+        hidden = hidden.reshape(slots * width, -1)
+        scores = pin(jnp.matmul(hidden, params["head"], preferred_element_type=jnp.float32))
+        draw = jnp.zeros((slots * width, 2)) if draws is None else draws[:, :, step].reshape(-1, 2)
+        token, logprob = sample(scores, draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = jnp.where(live, token.reshape(slots, width), carry["token"])
+        count = count + live
+        stopped = (token[..., None] == numbers["stop_ids"]).any(axis=-1)
+        put = lambda out, value: lax.dynamic_update_slice_in_dim(out, value[..., None], step, axis=2)  # noqa: E731
+        return {
+            "step": step + 1,
+            "caches": tuple(new_caches),
+            "token": token,
+            "count": count,
+            "live": live & ~stopped & (count < numbers["max_tokens"]),
+            "tokens": put(carry["tokens"], token),
+            "logprobs": put(carry["logprobs"], logprob.reshape(slots, width)),
+        }
+
+    start = {
+        "step": jnp.zeros((), jnp.int32),
+        "caches": caches,
+        "token": rows["token"],
+        "count": rows["count"],
+        "live": rows["live"],
+        "tokens": jnp.zeros((slots, width, chunk), jnp.int32),
+        "logprobs": jnp.zeros((slots, width, chunk), jnp.float32),
+    }
+    end = lax.while_loop(going, one_token, start)
+    result = {name: end[name] for name in ("tokens", "logprobs", "count", "live")}
+    return end["caches"], result | {"steps": end["step"]}
+
+
+def _through_stack(block, x: jax.Array, stack: Params, prompt: Any, cache: Any) -> tuple[jax.Array, Any]:
+    depth = stack["attn_norm"].shape[0]
+    if depth == 1:
+        return block(x, {name: weight[0] for name, weight in stack.items()}, prompt, cache, 0)
+
+    # The cache stays in the carry: as inputs and outputs of a scan it would be copied at every token.
+    def one_layer(index, carry):
+        x, cache = carry
+        layer = {name: lax.dynamic_index_in_dim(w, index, keepdims=False) for name, w in stack.items()}
+        return block(x, layer, prompt, cache, index)
+
+    return lax.fori_loop(0, depth, one_layer, (x, cache))

@@ -1,0 +1,456 @@
+"""Rollouts sampled in this process, on the devices of the mesh.
+
+The host half: it decides which prompts decode when, moves rows to smaller layouts as they finish, refills
+freed rows with waiting prompts, and hands out groups as they complete. `rollout/decode.py` is the compiled
+half, `rollout/slots.py` the rule of the shapes. Rows are split over data and fsdp, heads over tp.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Compute, Params
+from selfemo_jax.model.sharding import check_tp, make_mesh
+from selfemo_jax.rollout.decode import Caches, Programs, programs
+from selfemo_jax.rollout.engine import Completion, Group, Request, Sampling
+from selfemo_jax.rollout.slots import (
+    SHRINK,
+    Layout,
+    batches,
+    choose_layout,
+    completion_columns,
+    prompt_columns,
+    widths,
+    worth_stopping_at,
+)
+
+_MAX_UNROLLED = 8
+_STOP_IDS_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine has done since it was made; a difference of two is a step's."""
+
+    num_tokens: int = 0
+    """Completion tokens sampled."""
+    num_prompt_tokens: int = 0
+    """Prompt tokens prefilled, padding not counted."""
+    num_row_steps: int = 0
+    """Rows paid for, summed over the decode steps; ``num_tokens`` over this is the occupancy."""
+    num_compilations: int = 0
+    compile_seconds: float = 0.0
+    """Seconds of the calls that compiled."""
+    prefill_seconds: float = 0.0
+    """Seconds spent in starting prefills; their work overlaps with the decoding that follows."""
+    seconds: float = 0.0
+    """Seconds inside `generate`, compilation included."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """One rollout in the making."""
+
+    prompt: "_Prompt"
+    rollout: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Prompt:
+    """Rollouts of one request that decode from one prefill."""
+
+    request: Request
+    rollouts: range
+
+
+@dataclass(kw_only=True, eq=False)
+class _Board:
+    """The rows that decode now: which slot and place each has, and the caches."""
+
+    layout: Layout
+    slots: list[_Prompt | None]
+    rows: list[list[_Row | None]]
+    prompts: Caches
+    caches: Caches
+    prompt_length: int
+    """P, columns of the prompt caches."""
+    length: int
+    """T, columns of the completion caches."""
+    column: int = 0
+    """The next column to write."""
+
+    def live(self) -> dict[_Prompt, list[tuple[int, _Row]]]:
+        """Live rows, with their number slot * W + place, by prompt."""
+        found: dict[_Prompt, list[tuple[int, _Row]]] = {}
+        for slot, rows in enumerate(self.rows):
+            for place, row in enumerate(rows):
+                if row is not None:
+                    found.setdefault(row.prompt, []).append((slot * self.layout.width + place, row))
+        return found
+
+
+class JaxEngine:
+    """The engine of a run without a serving process; see `rollout/engine.py` for the contract."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: Compute,
+        mesh: Mesh | None = None,
+        *,
+        max_rows: int = 64,
+        prompt_multiple: int = 64,
+        completion_bucket: int = 32,
+        chunk: int = 16,
+        prefill_tokens: int = 4096,
+        decode_layout: Literal["replicate", "shard"] = "replicate",
+        unroll: bool | None = None,
+    ):
+        """``max_rows`` completions decode at once (their caches bound the memory); more wait.
+
+        Prompts are padded to multiples of ``prompt_multiple`` and prefilled about ``prefill_tokens`` at a
+        time; completion caches grow from ``completion_bucket`` columns by doubling; the host looks at the
+        rows every ``chunk`` tokens. ``decode_layout`` ``replicate`` keeps whole weights (up to tp) on every
+        data row of the mesh, ``shard`` leaves them split over fsdp. ``unroll`` compiles each layer by itself:
+        by default up to 8 layers. ValueError where tp does not divide the model.
+        """
+        self._config, self._compute = config, compute
+        self._mesh = make_mesh({}) if mesh is None else mesh
+        sizes = dict(self._mesh.shape)
+        check_tp(config, sizes)
+        if decode_layout not in ("replicate", "shard"):
+            raise ValueError(f"JaxEngine: decode_layout {decode_layout!r} is not replicate or shard")
+        for name, value in (("max_rows", max_rows), ("chunk", chunk), ("prompt_multiple", prompt_multiple)):
+            if value < 1:
+                raise ValueError(f"JaxEngine: {name} must be at least 1, found {value}")
+        self._multiple = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        self._max_rows = -(-max_rows // self._multiple) * self._multiple
+        self._prompt_multiple, self._completion_bucket = prompt_multiple, completion_bucket
+        self._chunk, self._prefill_tokens = chunk, prefill_tokens
+        unroll = config.num_layers <= _MAX_UNROLLED if unroll is None else unroll
+        self._options = {"unroll": unroll, "shard": decode_layout == "shard"}
+        self._programs: Programs = programs(config, compute, self._mesh, **self._options)
+        self._weights: Params | None = None
+        self._version = -1
+        self._known_columns: set[int] = set()
+        self._counts = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
+        self._closed = False
+
+    def update_policy(self, params: Params, *, version: int) -> None:
+        """Copy ``params`` (any sharding) into the decode layout and the compute dtype; rows in the making go
+        on with the new policy and name both versions."""
+        self._check_open()
+        # The old copy goes first: both together may not fit.
+        self._weights = None
+        first = jax.tree.leaves(params)[0]
+        there = isinstance(first, jax.Array) and first.sharding.device_set == set(self._mesh.devices.flat)
+        if not there:
+            params = jax.tree.map(np.asarray, params)
+        self._weights = self._call(self._programs.take_weights, params)
+        self._version = version
+
+    def close(self) -> None:
+        """Free the weights; further calls fail."""
+        self._weights = None
+        self._closed = True
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made."""
+        return EngineStats(**self._counts)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """One group per request as they complete; ValueError for a request that cannot be served, before
+        anything is sampled."""
+        self._check_open()
+        if self._weights is None:
+            raise ValueError("JaxEngine.generate: no policy yet; call update_policy first")
+        self._check_requests(requests, sampling)
+        return self._generate(tuple(requests), sampling)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("JaxEngine: the engine is closed; make a new one")
+
+    def _check_requests(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        vocab, longest = self._config.vocab_size, self._config.max_positions - sampling.max_tokens
+        seen: set[str] = set()
+        for request in requests:
+            ids, where = request.token_ids, f"request {request.id!r}"
+            if request.id in seen:
+                raise ValueError(f"{where}: the id occurs twice; ids must be distinct in one call")
+            seen.add(request.id)
+            if request.num < 1:
+                raise ValueError(f"{where}: num is {request.num}, expected at least 1")
+            if not 0 <= request.seed < 2**64:
+                raise ValueError(f"{where}: seed is {request.seed}, expected 0 <= seed < 2**64")
+            if not ids:
+                raise ValueError(f"{where}: the prompt is empty; at least one token is needed")
+            if len(ids) > longest:
+                raise ValueError(
+                    f"{where}: {len(ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the "
+                    f"model's {self._config.max_positions} positions; shorten the prompt to {longest}"
+                )
+            wrong = next((token for token in ids if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise ValueError(f"{where}: token {wrong} is outside the vocabulary of {vocab}")
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        if not requests:
+            return
+        began = time.perf_counter()
+        largest = max(request.num for request in requests)
+        allowed = widths(min(largest, max(1, self._max_rows // self._multiple)))
+        waiting = [
+            _Prompt(request=request, rollouts=range(start, min(start + self._max_rows, request.num)))
+            for request in sorted(requests, key=lambda request: -len(request.token_ids))
+            for start in range(0, request.num, self._max_rows)
+        ]
+        done: dict[str, dict[int, Completion]] = {request.id: {} for request in requests}
+        wanted = {request.id: request.num for request in requests}
+        board: _Board | None = None
+        while waiting or (board is not None and board.live()):
+            board = self._arrange(board, waiting, allowed, sampling)
+            for row in self._decode(board, sampling):
+                request_id = row.prompt.request.id
+                done[request_id][row.rollout] = _completion(row, sampling)
+                if len(done[request_id]) == wanted[request_id]:
+                    found = done.pop(request_id)
+                    group = Group(
+                        request_id=request_id, completions=tuple(found[i] for i in range(len(found)))
+                    )
+                    self._counts["seconds"] += time.perf_counter() - began
+                    yield group
+                    began = time.perf_counter()
+        self._counts["seconds"] += time.perf_counter() - began
+
+    def _arrange(
+        self, board: _Board | None, waiting: list[_Prompt], allowed: Sequence[int], sampling: Sampling
+    ) -> _Board:
+        """The board of the next chunk: refilled from ``waiting``, shrunk, or with more columns, if that is
+        due."""
+        live = {} if board is None else board.live()
+        counts = [len(rows) for rows in live.values()]
+        new = self._admissible(counts, waiting, allowed)
+        counts += [len(prompt.rollouts) for prompt in new]
+        layout = choose_layout(counts, allowed, multiple=self._multiple, max_rows=self._max_rows)
+        assert layout is not None
+        if board is not None and not new:
+            if layout.rows > SHRINK * board.layout.rows:
+                layout = board.layout
+            if layout == board.layout and board.column < board.length:
+                return board
+        del waiting[: len(new)]
+        return self._move(board, live, new, layout, sampling)
+
+    def _admissible(self, live: list[int], waiting: list[_Prompt], allowed: Sequence[int]) -> list[_Prompt]:
+        """The next prompts that fit beside the live rows; none where a prefill of so few would not pay."""
+        num, rows = 0, 0
+        while num < len(waiting):
+            counts = live + [len(prompt.rollouts) for prompt in waiting[: num + 1]]
+            if sum(counts) > self._max_rows or (
+                choose_layout(counts, allowed, multiple=self._multiple, max_rows=self._max_rows) is None
+            ):
+                break
+            rows += len(waiting[num].rollouts)
+            num += 1
+        pays = not live or num == len(waiting) or 4 * rows >= self._max_rows
+        return waiting[:num] if pays else []
+
+    def _move(
+        self,
+        old: _Board | None,
+        live: dict[_Prompt, list[tuple[int, _Row]]],
+        new: list[_Prompt],
+        layout: Layout,
+        sampling: Sampling,
+    ) -> _Board:
+        slots: list[_Prompt | None] = []
+        rows: list[list[_Row | None]] = []
+        slot_source, row_source = [], []
+        fresh: dict[_Prompt, list[int]] = {}
+        for prompt in (*live, *new):
+            if prompt in live:
+                placed = live[prompt]
+            else:
+                placed = [(0, _Row(prompt=prompt, rollout=rollout)) for rollout in prompt.rollouts]
+            for start in range(0, len(placed), layout.width):
+                part = placed[start : start + layout.width]
+                spare = layout.width - len(part)
+                if prompt in live:
+                    assert old is not None
+                    slot_source.append(part[0][0] // old.layout.width)
+                else:
+                    fresh.setdefault(prompt, []).append(len(slots))
+                    slot_source.append(0)
+                row_source.append([number for number, _ in part] + [0] * spare)
+                slots.append(prompt)
+                rows.append([row for _, row in part] + [None] * spare)
+        spare = layout.slots - len(slots)
+        slots += [None] * spare
+        rows += [[None] * layout.width for _ in range(spare)]
+        slot_source += [0] * spare
+        row_source += [[0] * layout.width for _ in range(spare)]
+
+        oldest = max((len(row.tokens) for placed in live.values() for _, row in placed), default=0)
+        longest = max(len(prompt.request.token_ids) - 1 for prompt in (*live, *new))
+        columns = prompt_columns(longest, multiple=self._prompt_multiple, known=self._known_columns)
+        if live and not new:
+            assert old is not None
+            columns = min(columns, old.prompt_length)
+        self._known_columns.add(columns)
+        length = completion_columns(
+            oldest + 1, smallest=self._completion_bucket, max_tokens=sampling.max_tokens
+        )
+        if live:
+            assert old is not None
+            prompts, caches = old.prompts, old.caches
+            same = slot_source == list(range(old.layout.slots)) and columns == old.prompt_length
+            if not same:
+                prompts = self._call(
+                    self._programs.take_slots, prompts, np.array(slot_source, np.int32), length=columns
+                )
+            caches = self._call(
+                self._programs.take_rows,
+                caches,
+                np.array(row_source, np.int32),
+                np.int32(old.column - oldest),
+                length=length,
+            )
+        else:
+            prompts, caches = self._call(
+                self._programs.empty,
+                slots=layout.slots,
+                width=layout.width,
+                prompt_length=columns,
+                length=length,
+            )
+        if fresh:
+            prompts = self._prefill(prompts, fresh, num_slots=layout.slots, columns=columns)
+        return _Board(
+            layout=layout,
+            slots=slots,
+            rows=rows,
+            prompts=prompts,
+            caches=caches,
+            prompt_length=columns,
+            length=length,
+            column=oldest,
+        )
+
+    def _prefill(
+        self, prompts: Caches, fresh: dict[_Prompt, list[int]], *, num_slots: int, columns: int
+    ) -> Caches:
+        """Prefill new prompts, longest first, and write them into all their slots."""
+        began = time.perf_counter()
+        order = sorted(fresh, key=lambda prompt: -len(prompt.request.token_ids))
+        lengths = [len(prompt.request.token_ids) - 1 for prompt in order]
+        budget = self._prefill_tokens * self._multiple
+        for which, size in batches(lengths, columns=columns, budget=budget, multiple=self._multiple):
+            tokens, used = np.zeros((size, columns), np.int32), np.zeros(size, np.int32)
+            for row, index in enumerate(which):
+                tokens[row, : lengths[index]] = order[index].request.token_ids[:-1]
+                used[row] = lengths[index]
+            new = self._call(self._programs.prefill, self._weights, tokens, used)
+            copies = max(len(fresh[order[index]]) for index in which)
+            for copy in range(copies):
+                target = np.full(size, num_slots, np.int32)
+                for row, index in enumerate(which):
+                    places = fresh[order[index]]
+                    target[row] = places[copy] if copy < len(places) else num_slots
+                prompts = self._call(self._programs.admit, prompts, new, target)
+        self._counts["num_prompt_tokens"] += sum(lengths)
+        self._counts["prefill_seconds"] += time.perf_counter() - began
+        return prompts
+
+    def _decode(self, board: _Board, sampling: Sampling) -> list[_Row]:
+        """Run one chunk; the rows that it finished, taken off the board."""
+        slots, width = board.layout.slots, board.layout.width
+        inputs = {
+            "token": np.zeros((slots, width), np.int32),
+            "count": np.zeros((slots, width), np.int32),
+            "live": np.zeros((slots, width), bool),
+            "rollout": np.zeros((slots, width), np.int32),
+            "seed": np.zeros((slots, width, 2), np.uint32),
+            "prompt_length": np.zeros(slots, np.int32),
+        }
+        for slot, prompt in enumerate(board.slots):
+            if prompt is None:
+                continue
+            request = prompt.request
+            inputs["prompt_length"][slot] = len(request.token_ids) - 1
+            inputs["seed"][slot] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
+            for place, row in enumerate(board.rows[slot]):
+                if row is not None:
+                    inputs["token"][slot, place] = row.tokens[-1] if row.tokens else request.token_ids[-1]
+                    inputs["count"][slot, place] = len(row.tokens)
+                    inputs["live"][slot, place] = True
+                    inputs["rollout"][slot, place] = row.rollout
+        padding = -len(sampling.stop_ids) % _STOP_IDS_MULTIPLE
+        numbers = {
+            "column": np.int32(board.column),
+            "limit": np.int32(min(self._chunk, board.length - board.column)),
+            "stop_at": np.int32(worth_stopping_at(board.layout, multiple=self._multiple)),
+            "max_tokens": np.int32(sampling.max_tokens),
+            "stop_ids": np.array((*sampling.stop_ids, *[-1] * padding), np.int32),
+        }
+        version = self._version
+        board.caches, result = self._call(
+            self._programs.decode,
+            self._weights,
+            board.prompts,
+            board.caches,
+            inputs,
+            numbers,
+            chunk=self._chunk,
+            temperature=float(sampling.temperature),
+            top_k=sampling.top_k,
+            top_p=float(sampling.top_p),
+        )
+        result = jax.device_get(result)
+        steps = int(result["steps"])
+        assert steps > 0
+        board.column += steps
+        self._counts["num_row_steps"] += steps * board.layout.rows
+        added = result["count"] - inputs["count"]
+        self._counts["num_tokens"] += int(added.sum())
+        finished = []
+        for slot, rows in enumerate(board.rows):
+            for place, row in enumerate(rows):
+                if row is None:
+                    continue
+                num = int(added[slot, place])
+                row.tokens += result["tokens"][slot, place, :num].tolist()
+                row.logprobs += result["logprobs"][slot, place, :num].tolist()
+                if version not in row.versions:
+                    row.versions.append(version)
+                if not result["live"][slot, place]:
+                    finished.append(row)
+                    rows[place] = None
+        return finished
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a compiled function and count the compilation it may need."""
+        before, began = function._cache_size(), time.perf_counter()
+        result = function(*args, **kwargs)
+        if function._cache_size() > before:
+            self._counts["num_compilations"] += 1
+            self._counts["compile_seconds"] += time.perf_counter() - began
+        return result
+
+
+def _completion(row: _Row, sampling: Sampling) -> Completion:
+    return Completion(
+        token_ids=tuple(row.tokens),
+        logprobs=tuple(row.logprobs),
+        finish_reason="stop" if row.tokens[-1] in sampling.stop_ids else "length",
+        policy_versions=tuple(row.versions),
+    )
