@@ -12,10 +12,8 @@ from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.audit import decontaminate
-from selfemo_jax.data.dialogues import Corpus, LabelSet, load_corpus
+from selfemo_jax.data.dialogues import Corpus, LabelSet, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
-
-BUNDLED = ("meld", "emorynlp", "iemocap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +25,8 @@ class RunData:
     """Original training inputs."""
     evaluation: Mapping[str, Mapping[str, tuple[Sample, ...]]]
     """split -> data set -> every labelled utterance of the split."""
+    personas: Mapping[str, Mapping[str, str]]
+    """Root dialogue of a training input -> speaker -> persona sentence."""
     majority: Mapping[str, str]
     """Most frequent training label of each set."""
     fingerprint: str
@@ -57,12 +57,15 @@ def load_data(config: Config) -> RunData:
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
     train, majority = {}, {}
+    personas: dict[str, Mapping[str, str]] = {}
     for name, corpus in sorted(corpora.items()):
         samples = build_inputs(corpus.splits["train"], corpus.label_set, rule=config.data.rule)
         if config.data.shuffle_gold:
             samples = shuffle_gold(samples, config.seed)
         train[name] = samples
         majority[name] = _majority(corpus)
+        for dialogue in corpus.splits["train"]:
+            personas[f"{dialogue.dataset}/{dialogue.split}/{dialogue.dialogue_id}"] = dialogue.personas
     train = _subset(train, config.data.max_items, config.seed)
     splits = sorted({split for corpus in corpora.values() for split in corpus.splits} - {"train"})
     evaluation = {
@@ -81,6 +84,7 @@ def load_data(config: Config) -> RunData:
         label_sets={name: corpus.label_set for name, corpus in corpora.items()},
         train=train,
         evaluation=evaluation,
+        personas=personas,
         majority=majority,
         fingerprint=_fingerprint(train, evaluation),
         report=report,
@@ -106,22 +110,10 @@ def by_dataset(samples: Iterable[Sample]) -> dict[str, tuple[Sample, ...]]:
     return {name: tuple(group) for name, group in groups.items()}
 
 
-def _corpora(config: Config) -> Iterable[Corpus]:
+def _corpora(config: Config) -> Sequence[Corpus]:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
-    for name in config.data.sets:
-        if name == "sample":
-            for part in BUNDLED:
-                yield load_corpus(f"sample/{part}", Path())
-        elif name in ("meld", "emorynlp", "iemocap"):
-            if root is None:
-                raise ValueError(
-                    f"data.sets names {name}, but data.root is not given and SELFEMO_DATA is not set; point "
-                    f"one of them at the folder that holds {name}/"
-                )
-            options = {"speaker_style": config.data.speaker_style} if name == "iemocap" else {}
-            yield load_corpus(name, Path(root), **options)
-        else:
-            yield load_corpus(name, Path(root) if root else Path())
+    folder = Path(root) if root else None
+    return load_corpora(config.data.sets, folder, speaker_style=config.data.speaker_style)
 
 
 def _majority(corpus: Corpus) -> str:

@@ -141,8 +141,9 @@ def play(run: Run, phase: Phase) -> None:
                 num_classes=run.data.num_classes, step=total, total_steps=total,
             )  # fmt: skip
             candidates = harvest(
-                scored, config, index, iteration=phase.iteration, policy_version=run.global_step
-            )
+                scored, config, index, run.data.personas,
+                iteration=phase.iteration, policy_version=run.global_step,
+            )  # fmt: skip
         run.record(rollouts, scored)
         run.end_harvest(phase, step, candidates, scored.metrics)
     run.finish(phase, None)

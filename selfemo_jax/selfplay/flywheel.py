@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from selfemo_jax.data.inputs import Sample
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.grammar import Answer, acceptable
+from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import normalise_reply
 from selfemo_jax.scoring import Scored
 
+Personas = Mapping[str, Mapping[str, str]]
+"""Root dialogue -> speaker -> persona sentence."""
 MIN_WORDS, MAX_WORDS = 1, 80
 NEAR_DUPLICATE = 0.8
 """Jaccard similarity of word 3-grams from which a reply repeats one that is already in the store."""
@@ -91,7 +93,13 @@ def best_rollout(scored: Scored, prompt: int) -> int | None:
 
 
 def harvest(
-    scored: Scored, config: Config, index: ReplyIndex, *, iteration: int, policy_version: int
+    scored: Scored,
+    config: Config,
+    index: ReplyIndex,
+    personas: Personas,
+    *,
+    iteration: int,
+    policy_version: int,
 ) -> list[Candidate]:
     """Judge the best rollout of every prompt of a step (method 3.3); accepted replies enter ``index``."""
     candidates = []
@@ -109,7 +117,13 @@ def harvest(
         child = None
         if reason is None:
             child = extend(
-                parent, answer, reply, iteration=iteration, policy_version=policy_version, config=config
+                parent,
+                answer,
+                reply,
+                iteration=iteration,
+                policy_version=policy_version,
+                personas=personas,
+                seed=config.seed,
             )
             index.add(reply)
         select = {
@@ -154,12 +168,19 @@ def rejection(
 
 
 def extend(
-    parent: Sample, answer: Answer, reply: str, *, iteration: int, policy_version: int, config: Config
+    parent: Sample,
+    answer: Answer,
+    reply: str,
+    *,
+    iteration: int,
+    policy_version: int,
+    personas: Personas,
+    seed: int,
 ) -> Sample:
     """The new input: the reply is the last turn, its declared emotions are the gold, the next speaker
     responds."""
     history = (*parent.history, (parent.responder, reply))
-    responder = next_responder(parent, seed=config.seed)
+    responder = next_responder(parent, seed=seed)
     return Sample(
         id=f"{parent.id}+{iteration}",
         root_id=parent.root_id,
@@ -172,8 +193,7 @@ def extend(
         history=history,
         target_speaker=parent.responder,
         responder=responder,
-        persona=dict(parent.personas).get(responder),
-        personas=parent.personas,
+        persona=personas.get(parent.root_id, {}).get(responder),
         theme=parent.theme,
         inventory=parent.inventory,
         gold=dict(answer.self_emotion),
