@@ -1,0 +1,1 @@
+"""From files of dialogues to training inputs, prompts and batches. No JAX in here."""
