@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +130,22 @@ def test_hf_convert_reads_weights_without_jax():
     if not path.exists():
         pytest.skip("there is no model/hf_convert.py")
     assert not [target for target, top in of(path) if top and target.split(".")[0] in ("jax", "jaxlib")]
+
+
+def scripts() -> dict[str, str]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize("command", scripts())
+def test_a_console_script_has_its_function(command):
+    module, function = scripts()[command].split(":")
+    path = ROOT / Path(*module.removeprefix("selfemo_jax.tools.").split(".")).with_suffix(".py")
+    if module.startswith("selfemo_jax.tools."):
+        path = ROOT / "tools" / path.name
+    if not path.exists():
+        pytest.skip(f"there is no {path.relative_to(ROOT)}")
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    assert function in [node.name for node in body if isinstance(node, ast.FunctionDef)]
 
 
 def test_no_name_says_nothing():

@@ -1,0 +1,1 @@
+"""Thin commands; installed as selfemo_jax.tools for the console scripts."""
