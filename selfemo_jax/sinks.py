@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -33,6 +33,14 @@ def _library(module: str, package: str, sink: str) -> ModuleType:
         raise ValueError(
             f"log.sinks names {sink}, which needs {package} ({error}); run: pip install {package}"
         ) from None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 class _TensorBoard:
@@ -72,7 +80,8 @@ class _MLflow:
             self._library.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
         self._library.set_experiment("selfemo-jax")
         self._library.start_run(run_name=run_dir.name)
-        self._library.log_dict(dict(settings), "config.yaml")
+        # As parameters, since they lie in the database: files would go to a folder of the working directory.
+        self._library.log_params(dict(_flat(settings)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._library.log_metrics(dict(values), step=step)
