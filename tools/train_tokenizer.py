@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py [--out DIR] [--check]
 
-A byte-level BPE of the training splits and of what prompts and answers are written in. --check compares with the
-folder and writes nothing; exit status 0 done or equal, 1 different.
+A byte-level BPE of the training splits and of what prompts and answers are written in. --check compares
+with the folder and writes nothing; exit status 0 done or equal, 1 different.
 """
 
 import argparse
@@ -32,8 +32,8 @@ CHAT_TEMPLATE = (
 )
 """No think block, whatever enable_thinking says: the prompts of a tiny model stay short."""
 
-# A tag and a two-digit weight are pieces of their own, so that merges can make one token of each; a digit stands
-# alone elsewhere, and a line break never joins the line before it.
+# A tag and a two-digit weight are pieces of their own, so that merges can make one token of each; elsewhere
+# a digit stands alone.
 PIECES = (
     r"</?[a-z_]+>"
     r"|[01]\.\d\d(?!\d)"

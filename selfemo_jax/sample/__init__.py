@@ -12,7 +12,10 @@ SPLITS = ("train", "dev", "test")
 
 
 def dataset(name: str) -> Traversable:
-    """Folder of one part of the corpus: dataset.json and {train,dev,test}.jsonl. ValueError on another name."""
+    """Folder of one part of the corpus: dataset.json and {train,dev,test}.jsonl.
+
+    ValueError on a name that is not in `NAMES`.
+    """
     if name not in NAMES:
         raise ValueError(f"sample/{name} does not exist; expected sample/ and one of {', '.join(NAMES)}")
     return files(__name__) / name
