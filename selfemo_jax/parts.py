@@ -75,7 +75,7 @@ def build_parts(config: Config) -> Parts:
     backend = choose_backend(section.attention, config.batch.row_tokens)
     kind = "random weights" if section.path is None else f"weights of {section.path}"
     described = (
-        f"{model.architecture} {model.num_params() / 1e6:.2f} M parameters, {kind}; attention {backend} "
+        f"{model.architecture} {model.num_params / 1e6:.2f} M parameters, {kind}; attention {backend} "
         f"over rows of {config.batch.row_tokens} tokens"
     )
     return Parts(

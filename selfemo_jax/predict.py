@@ -95,12 +95,12 @@ def _sample(record: Any, where: str, default: tuple[str, ...]) -> Sample:
         raise ValueError(f'{where}: expected {{"dialogue_id": ..., "turns": [{{"speaker", "text"}}, ...]}}')
     history = []
     for place, turn in enumerate(record["turns"]):
-        fields = [turn.get(key) if isinstance(turn, Mapping) else None for key in ("speaker", "text")]
-        if not all(isinstance(value, str) and value.strip() for value in fields):
+        speaker, text = (turn.get(key) if isinstance(turn, Mapping) else None for key in ("speaker", "text"))
+        if not (isinstance(speaker, str) and isinstance(text, str) and speaker.strip() and text.strip()):
             raise ValueError(
                 f"{where}: turn {place}: expected a speaker and a text that are not empty, found {turn!r}"
             )
-        history.append((fields[0].strip(), fields[1].strip()))
+        history.append((speaker.strip(), text.strip()))
     target = history[-1][0]
     labels = record.get("labels", default)
     if not isinstance(labels, list | tuple) or len(labels) < 2 or not all(isinstance(x, str) for x in labels):

@@ -12,7 +12,7 @@ from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.audit import decontaminate
-from selfemo_jax.data.dialogues import Corpus, LabelSet, load_corpora
+from selfemo_jax.data.dialogues import Corpus, LabelSet, heaviest_label, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
 
 
@@ -118,7 +118,7 @@ def _corpora(config: Config) -> Sequence[Corpus]:
 
 def _majority(corpus: Corpus) -> str:
     counts = Counter(
-        max(turn.labels, key=turn.labels.get)
+        heaviest_label(turn.labels)
         for dialogue in corpus.splits["train"]
         for turn in dialogue.turns
         if turn.labels

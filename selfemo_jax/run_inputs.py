@@ -71,7 +71,7 @@ def phase_examples(
     fits = functools.partial(_fits, codec=codec, config=config)
     usable = [sample for sample in usable if fits(sample)]
     number = config.cold_start.num
-    examples = {}
+    examples: dict[str, tuple[Example, ...]] = {}
     for name, samples in by_dataset(usable).items():
         share = None if number is None else max(1, round(number * len(samples) / len(usable)))
         chosen = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")

@@ -8,7 +8,7 @@ add both over micro-batches, then divide.
 Semantics follow verl (method: equation 14): clamped ratios, asymmetric clip, dual clip, k1/k2/k3 penalties.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def token_weights(
         weights = 1.0 / (max(int((tokens > 0).sum()), 1) * np.maximum(tokens, 1)[inverse])
     else:
         raise ValueError(
-            f"token_weights: mode is {mode!r}, expected one of {', '.join(Aggregation.__args__)}"
+            f"token_weights: mode is {mode!r}, expected one of {', '.join(get_args(Aggregation))}"
         )
     return np.where(present, weights, 0.0).astype(np.float32)
 

@@ -68,12 +68,12 @@ def weighted_iou(
     """
     if smoothing < 0:
         raise ValueError(f"weighted_iou: smoothing is {smoothing}, expected 0 (off) or more")
-    if smoothing > 0 and class_mask is None:
-        raise ValueError("weighted_iou: smoothing needs class_mask, the labels of each prompt's list")
     q_PGC = normalize_weights(jnp.where(valid[:, :, None], pred, 0.0))
     g_PC = normalize_weights(gold)
     scored_PG = valid & (q_PGC.sum(axis=-1) > 0)
     if smoothing > 0:
+        if class_mask is None:
+            raise ValueError("weighted_iou: smoothing needs class_mask, the labels of each prompt's list")
         share_PC = class_mask * (smoothing / jnp.maximum(class_mask.sum(axis=-1, keepdims=True), 1))
         q_PGC = (q_PGC + share_PC[:, None, :]) / (1.0 + smoothing)
         g_PC = (g_PC + share_PC) / (1.0 + smoothing)

@@ -358,7 +358,7 @@ def serialise(
 
 
 def _pairs_text(pairs: Mapping[str, float] | Iterable[tuple[str, float]], field: str) -> str:
-    items = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    items: list[tuple[str, float]] = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)
     if not items:
         raise ValueError(f"serialise: {field} has no label; at least one is needed")
     for label, weight in items:

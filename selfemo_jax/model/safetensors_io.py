@@ -58,8 +58,9 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     problems: list[str] = []
     weight_map: Mapping[str, str] | None = None
     if index_path.exists():
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-        named = sorted({folder / name for name in weight_map.values()})
+        index: Mapping[str, str] = json.loads(index_path.read_text())["weight_map"]
+        weight_map = index
+        named = sorted({folder / name for name in index.values()})
         problems += [
             f"{path.name}: named in {INDEX_NAME} but not there" for path in named if not path.exists()
         ]

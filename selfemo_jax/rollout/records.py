@@ -167,13 +167,13 @@ class ReplayEngine:
             raise ValueError(f"rollout.replay: {path} is missing; the recorded run kept fewer steps")
         recorded = {request.id: (request, group) for request, group in zip(*load_groups(path), strict=True)}
         for request in requests:
-            old, group = recorded.get(request.id, (None, None))
-            if old is None or old.token_ids != request.token_ids:
+            found = recorded.get(request.id)
+            if found is None or found[0].token_ids != request.token_ids:
                 raise ValueError(
-                    f"rollout.replay: {path} holds another prompt than {request.id!r}; replay needs the "
-                    "data, seed and configuration of the recorded run"
+                    f"rollout.replay: {path} holds another prompt than {request.id!r}; replay needs the data, "
+                    "seed and configuration of the recorded run"
                 )
-            yield group
+            yield found[1]
 
     def update_policy(self, params: Any, *, version: int) -> None:
         """Pass the weights to the engine that answers greedy requests."""
