@@ -9,17 +9,26 @@ output dimension.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+PRODUCT = "product"
+"""Name of every result of `matmul`, for rematerialisation policies: they cannot see into a hand-written
+backward pass."""
+
+
+def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
+    """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]`` of the same dtype."""
+    return checkpoint_name(_matmul(x, w), PRODUCT)
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
-    """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]`` of the same dtype."""
+def _matmul(x, w):
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _matmul_forward(x, w):
-    return matmul(x, w), (x, w)
+    return _matmul(x, w), (x, w)
 
 
 def _matmul_backward(residuals, g):
@@ -30,7 +39,7 @@ def _matmul_backward(residuals, g):
     return dx, dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _normalise(x, eps):
