@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from selfemo_jax.model.attention import choose_backend, packed_attention
 from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.linear import matmul, rms_norm
+from selfemo_jax.model.linear import PRODUCT, matmul, rms_norm
 from selfemo_jax.model.rope import rope_tables, rotate
 
 Params = dict[str, Any]
@@ -225,7 +225,7 @@ def forward(
     if compute.remat == "full":
         block = jax.checkpoint(block)
     elif compute.remat == "dots":
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
     x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
     x, _ = lax.scan(block, x, params["layers"])
     return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
@@ -274,15 +274,18 @@ def token_logprobs(
             entropy = log_total - jnp.sum(probabilities * scaled, axis=-1)
             return chosen - log_total, entropy
 
-    chunk = num_tokens
-    while num_rows * chunk * vocab * 4 > budget_bytes and chunk % 2 == 0:
-        chunk //= 2
-    if chunk == num_tokens:
+    num_chunks = min(num_tokens, -(-num_rows * num_tokens * vocab * 4 // budget_bytes))
+    if num_chunks <= 1:
         return scores(hidden, targets)
-    num_chunks = num_tokens // chunk
+    # Chunks of one size: the last one is filled up, and what fills it is cut off again.
+    chunk = -(-num_tokens // num_chunks)
+    num_chunks = -(-num_tokens // chunk)
+    filling = num_chunks * chunk - num_tokens
+    hidden = jnp.pad(hidden, ((0, 0), (0, filling), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, filling)))
     hidden = hidden.reshape(num_rows, num_chunks, chunk, -1).swapaxes(0, 1)
     targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
     step = jax.checkpoint(lambda _, chunked: (None, scores(*chunked)))
     _, (logprobs, entropy) = lax.scan(step, None, (hidden, targets))
-    join = lambda x: x.swapaxes(0, 1).reshape(num_rows, num_tokens)  # noqa: E731
+    join = lambda x: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_tokens]  # noqa: E731
     return join(logprobs), join(entropy)
