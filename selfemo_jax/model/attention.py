@@ -5,6 +5,7 @@ prefix[i]). Padding is a segment of its own, so no row of the score matrix is em
 tokens, N query heads, K key-value heads, H head size.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -86,27 +87,16 @@ def packed_attention(
 
     block = max(MIN_BLOCK, -(-num_tokens // MAX_BLOCKS))
 
-    @jax.checkpoint
-    def one_block(q, k, v, query_segments, query_prefixes, key_segments):
-        mask = visible(
-            query_segments,
-            query_prefixes,
-            key_segments,
-            query_offset=key_segments.shape[1] - query_segments.shape[1],
-        )
-        return attend(q, k, v, mask)
+    # The slices are taken inside: what is kept for the backward pass is then the keys and values once, not
+    # one growing part of them for each block.
+    @functools.partial(jax.checkpoint, static_argnums=(5, 6))
+    def one_block(q, k, v, segment_ids, prefix_ids, start, stop):
+        rows, seen = slice(start, stop), slice(0, stop)
+        mask = visible(segment_ids[:, rows], prefix_ids[:, rows], segment_ids[:, seen], query_offset=start)
+        return attend(q[:, rows], k[:, seen], v[:, seen], mask)
 
-    outputs = []
-    for start in range(0, num_tokens, block):
-        rows, seen = slice(start, min(start + block, num_tokens)), slice(0, min(start + block, num_tokens))
-        outputs.append(
-            one_block(
-                q[:, rows],
-                k[:, seen],
-                v[:, seen],
-                segment_ids[:, rows],
-                prefix_ids[:, rows],
-                segment_ids[:, seen],
-            )
-        )
+    starts = range(0, num_tokens, block)
+    outputs = [
+        one_block(q, k, v, segment_ids, prefix_ids, start, min(start + block, num_tokens)) for start in starts
+    ]
     return jnp.concatenate(outputs, axis=1)
