@@ -70,7 +70,12 @@ class Steps:
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient of an update was not finite; the state is what it was before the update."""
+    """The loss or the gradient of an update was not finite; ``state`` is that from before the update, since
+    the caller's own was donated."""
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
 
 
 def learning_rate(optim: Optim, *, step: int, total_steps: int) -> float:
@@ -253,7 +258,7 @@ def update(
     """One optimizer update from the micro-batches of ``batch``; ``kind`` is ``sft`` or ``rl``.
 
     Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError, which
-    names ``where`` (the step), leaves the weights untouched.
+    names ``where`` (the step), holds the state with its weights and moments untouched.
     """
     accumulator = steps.zeros[kind]()
     for part in micro_batches(batch, micro_rows=micro_rows):
@@ -269,7 +274,8 @@ def update(
     if not metrics.pop("finite"):
         raise NonFiniteError(
             f"{where}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the update was not "
-            "taken. Lower the learning rate, or look at the step's rollouts"
+            "taken. Lower the learning rate, or look at the step's rollouts",
+            state,
         )
     return state, metrics
 
