@@ -1,0 +1,67 @@
+"""The hand-written backward passes against automatic differentiation of the plain formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from selfemo_jax.model.linear import matmul, rms_norm
+
+EPS = 1e-6
+
+
+def plain_rms_norm(x, weight):
+    return weight * x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS)
+
+
+def test_rms_norm_by_hand():
+    # Mean square (9 + 16) / 2 = 12.5, root 3.535534.
+    out = rms_norm(jnp.array([[3.0, 4.0], [0.0, 2.0]]), jnp.array([1.0, 2.0]), eps=0.0)
+    np.testing.assert_allclose(out, [[0.848528, 2.262742], [0.0, 2.828427]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 3, 4)])
+def test_matmul_gradients_equal_plain_ones(lead):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (*lead, 6)), jax.random.normal(keys[1], (6, 7))
+    seed = jax.random.normal(keys[2], (*lead, 7))
+    found = jax.grad(lambda x, w: jnp.sum(seed * matmul(x, w)), argnums=(0, 1))(x, w)
+    expected = jax.grad(lambda x, w: jnp.sum(seed * (x @ w)), argnums=(0, 1))(x, w)
+    np.testing.assert_allclose(matmul(x, w), x @ w, rtol=1e-6)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 3, 4)])
+def test_rms_norm_gradients_equal_plain_ones(lead):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x, weight = 3 * jax.random.normal(keys[0], (*lead, 6)), jax.random.normal(keys[1], (6,))
+    seed = jax.random.normal(keys[2], x.shape)
+    found = jax.grad(lambda x, w: jnp.sum(seed * rms_norm(x, w, eps=EPS)), argnums=(0, 1))(x, weight)
+    expected = jax.grad(lambda x, w: jnp.sum(seed * plain_rms_norm(x, w)), argnums=(0, 1))(x, weight)
+    np.testing.assert_allclose(rms_norm(x, weight, eps=EPS), plain_rms_norm(x, weight), rtol=1e-5, atol=1e-6)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_against_finite_differences():
+    keys = jax.random.split(jax.random.key(2), 3)
+    x, w = jax.random.normal(keys[0], (2, 3, 4)), jax.random.normal(keys[1], (4, 5))
+    # The differences are numpy arrays, which the shape checks refuse.
+    multiply = lambda x, w: matmul(jnp.asarray(x), jnp.asarray(w))  # noqa: E731
+    check_grads(multiply, (x, w), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    weight = jax.random.normal(keys[2], (4,))
+    normed = lambda x, weight: rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=EPS)  # noqa: E731
+    check_grads(normed, (x, weight), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_bfloat16_stays_bfloat16_with_float32_statistics():
+    x = jnp.full((1, 4096), 300.0, jnp.bfloat16)
+    out, gradients = jax.value_and_grad(
+        lambda x, w: rms_norm(x, w, eps=EPS).astype(jnp.float32).sum(), argnums=(0, 1)
+    )(x, jnp.ones(4096))
+    # In bfloat16 a running sum of 4096 squares would stall long before its end.
+    assert float(out) == 4096.0
+    assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
+    assert matmul(x, jnp.ones((4096, 2), jnp.bfloat16)).dtype == jnp.bfloat16
