@@ -7,9 +7,9 @@ from rich.table import Table
 
 from selfemo_jax import phases as plans
 from selfemo_jax.config import Config
+from selfemo_jax.config_check import parse_keep
 from selfemo_jax.model.sharding import placements
 from selfemo_jax.parts import Parts, build_parts
-from selfemo_jax.rollout.records import keep_rule
 from selfemo_jax.run_data import RunData, load_data
 from selfemo_jax.run_inputs import phase_examples
 
@@ -47,7 +47,7 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
     table = Table(title="phases", title_justify="left")
     for column in ("phase", "kind", "starts from", "inputs", "steps", "rollouts on disk, MiB at most"):
         table.add_column(column)
-    kind, number = keep_rule(config.rollout.keep)
+    kind, number = parse_keep(config.rollout.keep)
     for phase in plans.plan(config):
         disk = "-"
         if phase.kind == "sft" and phase.buffer == (plans.ORIGINAL,):

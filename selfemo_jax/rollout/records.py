@@ -7,7 +7,6 @@ be computed again on another mesh or after a change that should change nothing.
 
 import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.config_check import parse_keep
 from selfemo_jax.rollout.engine import Completion, Engine, Group, Request, Sampling
 from selfemo_jax.scoring import Scored
 
@@ -55,13 +55,19 @@ def load_groups(path: Path) -> tuple[list[Request], list[Group]]:
     """Read what `save_groups` wrote; ValueError where the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            data = {name: arrays[name] for name in arrays.files}
-        prompts = _cut(data["prompt_ids"], data["prompt_lengths"])
-        tokens = _cut(data["token_ids"], data["lengths"])
-        logprobs = _cut(data["logprobs"], data["lengths"])
-        versions = _cut(data["versions"], data["version_lengths"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+            return _groups_of({name: arrays[name] for name in arrays.files})
+    # zipfile, zlib and numpy raise a dozen kinds between them for a cut or overwritten file.
+    except Exception as error:
         raise ValueError(f"{path}: cannot be read as recorded rollouts: {error}") from error
+
+
+def _groups_of(data: dict[str, np.ndarray]) -> tuple[list[Request], list[Group]]:
+    prompts = _cut(data["prompt_ids"], data["prompt_lengths"])
+    tokens = _cut(data["token_ids"], data["lengths"])
+    logprobs = _cut(data["logprobs"], data["lengths"])
+    versions = _cut(data["versions"], data["version_lengths"])
+    if int(data["group_sizes"].sum()) != len(tokens):
+        raise ValueError(f"{len(tokens)} completions for groups of {int(data['group_sizes'].sum())}")
     completions = [
         Completion(
             token_ids=tuple(ids.tolist()),
@@ -115,19 +121,9 @@ def save_texts(run_dir: Path, global_step: int, scored: Scored) -> None:
     atomic_write(step_file(run_dir, global_step, "jsonl"), "\n".join(lines) + "\n")
 
 
-def keep_rule(text: str) -> tuple[str, int]:
-    """``all``, ``last N`` or ``every N`` as (kind, N); ValueError otherwise."""
-    match = re.fullmatch(r"(last|every) ([1-9][0-9]*)", text.strip())
-    if text.strip() == "all":
-        return "all", 1
-    if match is None:
-        raise ValueError(f"rollout.keep: found {text!r}, expected all, last N or every N")
-    return match[1], int(match[2])
-
-
 def prune(run_dir: Path, global_step: int, *, keep: str) -> None:
     """Delete the record that the rule no longer keeps once ``global_step`` is written."""
-    kind, number = keep_rule(keep)
+    kind, number = parse_keep(keep)
     old = global_step - number if kind == "last" else global_step - 1
     if kind == "all" or old < 0 or (kind == "every" and old % number == 0):
         return
@@ -170,10 +166,16 @@ class ReplayEngine:
             found = recorded.get(request.id)
             if found is None or found[0].token_ids != request.token_ids:
                 raise ValueError(
-                    f"rollout.replay: {path} holds another prompt than {request.id!r}; replay needs the data, "
-                    "seed and configuration of the recorded run"
+                    f"rollout.replay: {path} holds another prompt than {request.id!r}; replay needs the "
+                    "data, seed and configuration of the recorded run"
                 )
-            yield found[1]
+            group = found[1]
+            if group.error is None and len(group.completions) != request.num:
+                raise ValueError(
+                    f"rollout.replay: {path} holds {len(group.completions)} rollouts of {request.id!r}, "
+                    f"rl.group_size is {request.num}; set it to what the recorded run had"
+                )
+            yield group
 
     def update_policy(self, params: Any, *, version: int) -> None:
         """Pass the weights to the engine that answers greedy requests."""
