@@ -32,7 +32,13 @@ def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
     # Where devices exist already (a test, a notebook) what is there must do.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"platform {platform}: JAX finds no such device ({error}); install jax[cuda12], or set platform "
+            "to cpu"
+        ) from error
     mesh = make_mesh(axes, devices)
     shape = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     kind = devices[0].device_kind
