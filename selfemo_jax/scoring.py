@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from selfemo_jax.data.inputs import Sample
-from selfemo_jax.rollout.engine import Completion, Group
 
 from selfemo_jax.algo.advantages import scaled_advantages, share_flat, share_r2_only
 from selfemo_jax.algo.consensus import (
@@ -35,8 +33,10 @@ from selfemo_jax.algo.rewards import (
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.grammar import Answer, parse
+from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array
 from selfemo_jax.data.prompts import Prompt
+from selfemo_jax.rollout.engine import Completion, Group
 
 Scorer = Callable[..., dict[str, jax.Array]]
 
@@ -119,7 +119,8 @@ def make_scorer(config: Config) -> Scorer:
             "group/zero_variance": share_flat(rewards, present),
             "group/share_r2_only": only,
             "group/share_r2_only_of_advantage": only_share,
-            "group/core_excludes_gold": jnp.mean(core_excludes_gold(core, gold)),
+            "group/core_excludes_gold": core_excludes_gold(core, gold).sum()
+            / jnp.maximum(present.any(axis=1).sum(), 1),
         }
 
     return score
