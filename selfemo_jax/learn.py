@@ -102,6 +102,9 @@ def rl_update(
                 )
             collected.append(metrics)
     means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]} if collected else {}
+    if reference is None:
+        # Nothing was measured: the batch then holds zeros for the reference's log-probs.
+        means.pop("kl", None)
     return state, means | _sizes(packs) | {"update/count": float(len(collected))}
 
 
