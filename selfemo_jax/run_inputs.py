@@ -60,7 +60,7 @@ def phase_examples(
     """Supervised examples by data set: of the human data for the cold start, else the accepted best
     rollouts."""
     if ORIGINAL not in phase.buffer:
-        return {SYNTHETIC: _accepted(phase, data, records)}
+        return {SYNTHETIC: _accepted(phase, data, records, config)}
     usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
     if not usable:
         raise ValueError(
@@ -70,6 +70,11 @@ def phase_examples(
     # An answer that a rollout cannot hold is left out: cut short it would teach answers without an end.
     fits = functools.partial(_fits, codec=codec, config=config)
     usable = [sample for sample in usable if fits(sample)]
+    if not usable:
+        raise ValueError(
+            f"cold_start.source human: no answer made of the human data fits into rollout.max_tokens "
+            f"{config.rollout.max_tokens}; raise it"
+        )
     number = config.cold_start.num
     examples: dict[str, tuple[Example, ...]] = {}
     for name, samples in by_dataset(usable).items():
@@ -93,7 +98,8 @@ def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict
         return weights
     share = min(config.flywheel.max_share, num_synthetic / (num_synthetic + sum(originals.values())))
     weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
-    return with_floor(weights, floor={SYNTHETIC: MIN_SYNTHETIC / config.rl.prompts_per_step})
+    least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, config.flywheel.max_share, 0.5)
+    return with_floor(weights, floor={SYNTHETIC: least})
 
 
 def encode_input(sample: Sample, codec: TextCodec, config: Config) -> tuple[Sample, Prompt]:
@@ -142,13 +148,17 @@ def _iterations(phase: Phase) -> list[int]:
     return [int(name.removeprefix("harvest_")) for name in phase.buffer if name != ORIGINAL]
 
 
-def _accepted(phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]]) -> tuple[Example, ...]:
+def _accepted(
+    phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]], config: Config
+) -> tuple[Example, ...]:
+    # The completion says what its child holds, so that one of a held-out child is not learned either.
+    training = {sample.id for sample in synthetic_inputs(phase, records, config)[0]}
     known = {sample.id: sample for sample in data.all_train()}
     examples = []
     for record in records:
         if record["accepted"]:
-            if record["iteration"] in _iterations(phase):
-                examples.append((known[record["parent_id"]], tuple(record["completion_ids"])))
             child = Sample.from_json(record["sample"])
+            if child.id in training:
+                examples.append((known[record["parent_id"]], tuple(record["completion_ids"])))
             known[child.id] = child
     return tuple(examples)

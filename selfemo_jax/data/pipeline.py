@@ -72,7 +72,7 @@ def input_stream(
     is (this host, number of hosts): each host reads every n-th item of the same stream."""
     import grain
 
-    names = sorted(name for name in sources if sources[name])
+    names = sorted(name for name in sources if sources[name] and weights[name] > 0)
     if not names:
         raise ValueError(
             "no training inputs: every source is empty; check data.sets, data.rule and data.root"
