@@ -5,8 +5,8 @@ become that turn's gold label. What a record holds is the new input together wit
 rejected rollout is recorded with its reason, so that an acceptance rate can be explained.
 """
 
-import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,6 +160,8 @@ def rejection(
         return "length"
     if not any(character.isalpha() for character in reply):
         return "no_letters"
+    if _names_a_speaker(reply, parent):
+        return "several_turns"
     if _words(reply) == _words(parent.history[-1][1]):
         return "copy"
     if index.near(reply):
@@ -180,7 +182,8 @@ def extend(
     """The new input: the reply is the last turn, its declared emotions are the gold, the next speaker
     responds."""
     history = (*parent.history, (parent.responder, reply))
-    responder = next_responder(parent, seed=seed)
+    known = personas.get(parent.root_id, {})
+    responder = next_responder(parent, known, seed=seed)
     return Sample(
         id=f"{parent.id}+{iteration}",
         root_id=parent.root_id,
@@ -193,7 +196,7 @@ def extend(
         history=history,
         target_speaker=parent.responder,
         responder=responder,
-        persona=personas.get(parent.root_id, {}).get(responder),
+        persona=known.get(responder),
         theme=parent.theme,
         inventory=parent.inventory,
         gold=dict(answer.self_emotion),
@@ -202,13 +205,14 @@ def extend(
     )
 
 
-def next_responder(parent: Sample, *, seed: int) -> str:
-    """Who answers the reply: in a dyad the speaker before; else one of the others, the later they spoke the
-    likelier."""
+def next_responder(parent: Sample, personas: Mapping[str, str], *, seed: int) -> str:
+    """Who answers the reply: in a dyad the speaker before; else one of the others, those with a persona if
+    there are any, the later they spoke the likelier."""
     last_spoken = {speaker: position for position, (speaker, _) in enumerate(parent.history)}
     others = [speaker for speaker in last_spoken if speaker != parent.responder]
     if len(others) <= 1:
         return parent.target_speaker
+    others = [speaker for speaker in others if speaker in personas] or others
     newest = max(last_spoken[speaker] for speaker in others)
     weights = [2.0 ** (last_spoken[speaker] - newest) for speaker in others]
     return random.Random(f"{seed}/{parent.id}/{parent.depth}").choices(others, weights)[0]
@@ -237,14 +241,6 @@ def choose(
     return tuple(chosen), held
 
 
-def read_store(lines: Iterable[str], *, iterations: Iterable[int]) -> list[Sample]:
-    """Accepted inputs of the named iterations from the lines of ``flywheel.jsonl``."""
-    wanted = set(iterations)
-    records = (json.loads(line) for line in lines if line.strip())
-    samples = (Sample.from_json(record["sample"]) for record in records if record["accepted"])
-    return [sample for sample in samples if sample.iteration in wanted]
-
-
 def summarise(candidates: Sequence[Candidate]) -> dict[str, float]:
     """Share of prompts by outcome, and mean depth of what was accepted."""
     counts = Counter(candidate.reason for candidate in candidates)
@@ -255,6 +251,13 @@ def summarise(candidates: Sequence[Candidate]) -> dict[str, float]:
 
 def _is_heldout(root_id: str, share: float, seed: int) -> bool:
     return random.Random(f"heldout/{seed}/{root_id}").random() < share
+
+
+def _names_a_speaker(reply: str, parent: Sample) -> bool:
+    """Whether the reply writes ``Name:`` of somebody in the dialogue, as a script of several turns does."""
+    names = {parent.responder, *(speaker for speaker, _ in parent.history)}
+    pattern = "|".join(re.escape(name) for name in sorted(names))
+    return re.search(rf"(?<!\w)(?:{pattern})\s*:", reply, re.IGNORECASE) is not None
 
 
 def _words(text: str) -> tuple[str, ...]:
