@@ -1,0 +1,305 @@
+"""What self-play keeps, why it rejects, and the inputs it makes."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from selfemo_jax.appendlog import AppendLog
+from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD
+from selfemo_jax.data.grammar import parse
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.scoring import Scored
+from selfemo_jax.selfplay.flywheel import (
+    ReplyIndex,
+    best_rollout,
+    choose,
+    extend,
+    harvest,
+    next_responder,
+    rejection,
+    summarise,
+)
+from tests.fabricated import completion, prompt, sample, settings, synthetic, text
+
+FEAR = (("fear", 0.4), ("joy", 0.35))
+REPLY = "Hand me an oar, then."
+PERSONAS = {"meld/train/d1": {"Ada": "Ada counts every coin.", "Bo": "Bo hums.", "Cy": "Cy doubts."}}
+
+
+def answer(reply: str = REPLY, *, self_emotion=FEAR, emotion=(("joy", 1.0),)):
+    return parse(text(emotion, self_emotion, reply), inventory=MELD.labels)
+
+
+def step(*rows, samples=None) -> Scored:
+    """A scored step: a row is one prompt's (answer text, r1, r2) by rollout, or None for a lost group."""
+    samples = samples or [sample(n, gold={"joy": 1.0}) for n in range(len(rows))]
+    size = max(len(row) for row in rows if row)
+    completions = [tuple(completion(one) for one, _, _ in row or ()) for row in rows]
+    answers = [tuple(parse(one, inventory=MELD.labels) for one, _, _ in row or ()) for row in rows]
+    full = [
+        [(a, *numbers) for a, (_, *numbers) in zip(answers[p], row or (), strict=True)]
+        for p, row in enumerate(rows)
+    ]
+    blank = (parse("", inventory=()), 0.0, 0.0)
+    full = [row or [blank] * size for row in full]
+    r1, r2 = (np.array([[one[i] for one in row] for row in full], np.float32) for i in (1, 2))
+    return Scored(
+        samples=tuple(samples),
+        prompts=tuple(prompt(of=s.id) for s in samples),
+        completions=tuple(completions),
+        texts=tuple(tuple(one for one, _, _ in row or ()) for row in rows),
+        answers=tuple(answers),
+        present=np.array([[row is not None] * size for row in rows]),
+        valid=np.array([[one[0].valid for one in row] for row in full]),
+        r1=r1,
+        r2=r2,
+        rewards=r1 + r2,
+        advantages=np.zeros_like(r1),
+        metrics={},
+    )
+
+
+def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS):
+    return harvest(
+        scored,
+        config or settings(),
+        index if index is not None else ReplyIndex(),
+        personas,
+        iteration=iteration,
+        policy_version=31,
+    )
+
+
+SHORT, LONG = (
+    text([("joy", 1.0)], FEAR, "Row."),
+    text([("joy", 1.0)], FEAR, "Row, row, and do not look down."),
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "best"),
+    [
+        ([(SHORT, 0.3, 1.0), (LONG, 0.4, 0.0)], 1),
+        ([(SHORT, 0.5, 0.2), (LONG, 0.5, 0.9)], 1),
+        ([(LONG, 0.5, 0.5), (SHORT, 0.5, 0.5)], 1),
+        ([(SHORT, 0.5, 0.5), (SHORT, 0.5, 0.5)], 0),
+        ([("no answer", 0.9, 0.9), (LONG, 0.0, 0.0)], 1),
+    ],
+    ids=["r1 before r2", "then r2", "then the shorter", "then the first", "never an invalid one"],
+)
+def test_the_best_rollout_and_its_ties(row, best):
+    assert best_rollout(step(row), 0) == best
+
+
+def test_without_a_valid_rollout_there_is_no_best_one():
+    assert best_rollout(step([("no answer", 0.9, 0.9)] * 2), 0) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        (None, {}),
+        ("max_depth", {"parent": {"depth": 3}}),
+        ("low_reward", {"r1": 0.49}),
+        ("grammar", {"answer": {"self_emotion": (("glee", 0.5),)}}),
+        ("grammar", {"answer": {"emotion": (("joy", 0.5), ("glee", 0.5))}}),
+        ("grammar", {"answer": {"reply": "I feel fear: 0.5 today"}}),
+        ("grammar", {"answer": {"reply": "Hand me <b>that</b> oar"}}),
+        ("length", {"answer": {"reply": "so " * 81}}),
+        ("no_letters", {"answer": {"reply": "... 42 !"}}),
+        ("several_turns", {"answer": {"reply": "Row! Ada: no, wait for the tide."}}),
+        ("several_turns", {"answer": {"reply": "cy : hand me an oar"}}),
+        ("copy", {"answer": {"reply": "then we row -- ALL 0 miles"}}),
+        ("near_duplicate", {"index": [REPLY]}),
+    ],
+)
+def test_each_reason_to_reject(reason, changes):
+    said = answer(**changes.get("answer", {}))
+    parent = replace(sample(gold={"joy": 1.0}), **changes.get("parent", {}))
+    index = ReplyIndex(changes.get("index", ()))
+    assert rejection(said, said.response, parent, changes.get("r1", 0.5), settings(), index) == reason
+
+
+def test_limits_themselves_are_accepted():
+    config = settings(flywheel={"tau": 0.25, "max_depth": 2})
+    parent = replace(sample(gold={"joy": 1.0}), depth=1)
+    words = " ".join(f"word{'abcdefgh'[n % 8]}{n}" for n in range(80))
+    assert rejection(answer(words), words, parent, 0.25, config, ReplyIndex()) is None
+
+
+def test_a_name_without_a_colon_is_no_second_turn():
+    for reply in ("Ada, hand me an oar", "Bravado: that is all it is", "Listen: we row"):
+        assert (
+            rejection(answer(reply), reply, sample(gold={"joy": 1.0}), 1.0, settings(), ReplyIndex()) is None
+        )
+
+
+def test_near_duplicates_share_four_fifths_of_their_three_word_runs():
+    base = "one two three four five six seven eight nine ten eleven twelve"  # ten runs of three words
+    index = ReplyIndex(["nothing in common here", base])
+    assert index.near(base.upper().replace(" ", ", "))
+    assert index.near(base + " thirteen")  # 10 of 11 runs
+    assert index.near(base + " thirteen fourteen")  # 10 of 12: .83
+    assert not index.near(base + " thirteen fourteen fifteen")  # 10 of 13: .77
+    assert not index.near("twelve eleven ten")
+
+
+def test_short_replies_are_duplicates_when_their_words_are_the_same():
+    index = ReplyIndex(["Oh, really?"])
+    assert index.near("oh really!") and not index.near("oh") and not index.near("oh really now")
+
+
+def test_accepting_a_reply_makes_its_copy_in_the_same_step_a_duplicate():
+    row = [(text([("joy", 1.0)], FEAR, REPLY), 1.0, 0.0)]
+    index = ReplyIndex()
+    found = played(step(row, row), index=index)
+    assert [c.reason for c in found] == ["accepted", "near_duplicate"]
+    assert found[1].child is None and found[1].reply == REPLY
+    assert [c.reason for c in played(step(row), index=index, iteration=2)] == ["near_duplicate"]
+
+
+def test_an_accepted_rollout_extends_its_dialogue_and_declares_the_gold():
+    quoted = text([("joy", 1.0)], FEAR, f'"{REPLY}"')
+    (found,) = played(step([("no answer", 0.0, 0.0), (quoted, 0.75, 0.5)]))
+    parent, child = found.parent, found.child
+    assert child == Sample(
+        id="meld/train/d1/0+1",
+        root_id="meld/train/d1",
+        parent_id="meld/train/d1/0",
+        dataset="meld",
+        split="train",
+        origin="synthetic",
+        iteration=1,
+        depth=1,
+        history=(*parent.history, ("Cy", REPLY)),
+        target_speaker="Cy",
+        responder=child.responder,
+        persona=PERSONAS["meld/train/d1"][child.responder],
+        theme=parent.theme,
+        inventory=MELD.labels,
+        gold={"fear": 0.4, "joy": 0.35},
+        reference=None,
+        policy_version=31,
+    )
+    assert child.responder in ("Ada", "Bo")
+    assert found.select == {"r1": 0.75, "r2": 0.5, "R": 1.25, "n_valid": 1}
+    assert found.completion_ids == completion(quoted).token_ids
+
+
+def test_lost_and_invalid_groups_are_recorded_with_their_reason():
+    scored = step([("no answer", 0.0, 0.0)], None, [(SHORT, 0.2, 0.0)], [(LONG, 1.0, 0.0)])
+    found = played(scored)
+    assert [c.reason for c in found] == ["no_valid_rollout", "lost", "low_reward", "accepted"]
+    assert [c.child is not None for c in found] == [False, False, False, True]
+    assert summarise(found) == {
+        "harvest/accepted": 0.25,
+        "harvest/lost": 0.25,
+        "harvest/low_reward": 0.25,
+        "harvest/no_valid_rollout": 0.25,
+        "harvest/depth": 1.0,
+    }
+
+
+def test_in_a_dyad_the_speaker_before_answers():
+    dyad = sample(gold={"joy": 1.0}, history=(("Cy", "Ready?"), ("Bo", "Never.")))
+    child = extend(dyad, answer(), REPLY, iteration=1, policy_version=0, personas={}, seed=0)
+    assert (child.target_speaker, child.responder, child.persona) == ("Cy", "Bo", None)
+    again = extend(child, answer(), "No.", iteration=2, policy_version=0, personas={}, seed=0)
+    assert (again.target_speaker, again.responder, again.depth) == ("Bo", "Cy", 2)
+    assert [speaker for speaker, _ in again.history] == ["Cy", "Bo", "Cy", "Bo"]
+
+
+def test_among_several_the_later_speaker_answers_more_often():
+    talk = (("Ada", "a"), ("Cy", "b"), ("Bo", "c"))
+    drawn = Counter(
+        next_responder(sample(n, gold={"joy": 1.0}, history=talk), {}, seed=0) for n in range(600)
+    )
+    assert set(drawn) == {"Ada", "Bo"}
+    assert 0.75 < drawn["Bo"] / 600 < 0.85  # 2^0 against 2^-2
+
+
+def test_among_several_those_with_a_persona_answer():
+    talk = (("Ada", "a"), ("Di", "d"), ("Cy", "b"), ("Bo", "c"))
+    samples = [sample(n, gold={"joy": 1.0}, history=talk) for n in range(40)]
+    assert {next_responder(s, {"Ada": "...", "Cy": "..."}, seed=0) for s in samples} == {"Ada"}
+    assert len({next_responder(s, {"Cy": "..."}, seed=0) for s in samples}) > 1
+
+
+def test_the_next_responder_is_drawn_from_the_seed_and_the_input():
+    talk = (("Ada", "a"), ("Bo", "c"))
+    samples = [sample(n, gold={"joy": 1.0}, history=talk) for n in range(30)]
+    first = [next_responder(s, {}, seed=0) for s in samples]
+    assert first == [next_responder(s, {}, seed=0) for s in samples]
+    assert first != [next_responder(s, {}, seed=1) for s in samples]
+
+
+def test_ids_are_unique_over_iterations_and_depths():
+    parents = [sample(n, gold={"joy": 1.0}) for n in range(2)]
+    found = []
+    for iteration in (1, 2, 3):
+        row = [(text([("joy", 1.0)], FEAR, f"Row for {iteration} more days."), 1.0, 0.0)]
+        children = [played(step(row, samples=[parent]), iteration=iteration)[0].child for parent in parents]
+        parents += [child for child in children if child is not None]
+        found += [child.id for child in children if child is not None]
+    assert len(found) == 2 * (1 + 2 + 4) and len(set(found)) == len(found)
+
+
+def children(root: int, number: int, labels=MELD) -> list[Sample]:
+    parent = sample(root, labels=labels, dialogue=f"d{root}", gold={labels.labels[0]: 1.0})
+    return [synthetic(parent, iteration=n) for n in range(1, number + 1)]
+
+
+def test_held_out_roots_are_whole_stable_and_disjoint():
+    made = [child for root in range(400) for child in children(root, 2)]
+    training, held = choose(made, n_syn=10**6, heldout=0.1, seed=3)
+    roots = {c.root_id for c in held}
+    assert roots.isdisjoint(c.root_id for c in training)
+    assert len(training) + len(held) == 800 and len(held) == 2 * len(roots)
+    assert 0.06 < len(roots) / 400 < 0.14
+    # A later harvest, with other inputs in another order, holds out the same dialogues.
+    later = [child for root in range(500, 100, -1) for child in children(root, 1)]
+    _, held_later = choose(later, n_syn=10**6, heldout=0.1, seed=3)
+    common = {f"meld/train/d{root}" for root in range(101, 400)}
+    assert {c.root_id for c in held_later} & common == roots & common
+    assert {c.root_id for c in choose(made, n_syn=10**6, heldout=0.1, seed=4)[1]} != roots
+
+
+def test_nothing_or_everything_is_held_out_at_the_ends():
+    made = children(1, 3) + children(2, 3)
+    assert choose(made, n_syn=100, heldout=0.0, seed=0)[1] == ()
+    assert choose(made, n_syn=100, heldout=1.0, seed=0)[0] == ()
+
+
+def test_the_cap_takes_from_the_data_sets_in_turn():
+    made = children(1, 50) + children(2, 4, EMORYNLP) + children(3, 9, IEMOCAP)
+    training, _ = choose(made, n_syn=18, heldout=0.0, seed=0)
+    # Four rounds of three, then the two sets that have any left.
+    assert Counter(c.dataset for c in training) == {"meld": 7, "emorynlp": 4, "iemocap": 7}
+    assert len({c.id for c in training}) == 18
+    assert training == choose(made, n_syn=18, heldout=0.0, seed=0)[0]
+    assert {c.id for c in training} != {c.id for c in choose(made, n_syn=18, heldout=0.0, seed=1)[0]}
+
+
+def test_a_harvest_survives_its_line_in_the_store(tmp_path):
+    row = [(text([("joy", 1.0)], FEAR, "Größe ist „alles“, sagt er."), 1.0, 0.5)]
+    found = played(step(row, [("no answer", 0.0, 0.0)]))
+    with AppendLog(tmp_path / "flywheel.jsonl") as log:
+        for candidate in found:
+            log.append({"iteration": 1} | candidate.to_json())
+    records = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
+    assert Sample.from_json(records[0]["sample"]) == found[0].child
+    assert records[0] | {"sample": None} == {
+        "iteration": 1,
+        "parent_id": "meld/train/d1/0",
+        "root_id": "meld/train/d1",
+        "accepted": True,
+        "reason": "accepted",
+        "reply": "Größe ist „alles“, sagt er.",
+        "select": {"r1": 1.0, "r2": 0.5, "R": 1.5, "n_valid": 1},
+        "completion_ids": list(found[0].completion_ids),
+        "sample": None,
+    }
+    assert (records[1]["accepted"], records[1]["sample"], records[1]["select"]) == (False, None, {})
