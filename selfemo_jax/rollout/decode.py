@@ -9,8 +9,8 @@ The layers are held in stacks: one stack of all L layers, looped over, or L stac
 (`stack_layers`). Unrolled is faster where small products dominate, and slower to compile.
 
 Shape letters: S slots, W rows of a slot, B prompts of a prefill, P prompt columns, T completion columns, C
-tokens of a chunk, M layers of a stack, V vocabulary, D model, N query heads, K key-value heads, R = N / K, H
-head size.
+tokens of a chunk, U rows with draws, M layers of a stack, V vocabulary, D model, N query heads, K key-value
+heads, R = N / K, H head size.
 """
 
 import functools
@@ -49,6 +49,7 @@ class Programs:
     admit: Callable[..., Caches]
     take_slots: Callable[..., Caches]
     take_rows: Callable[..., Caches]
+    uniforms: Callable[..., jax.Array]
     decode: Callable[..., tuple[Caches, dict[str, jax.Array]]]
     empty: Callable[..., tuple[Caches, Caches]]
 
@@ -79,6 +80,7 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
         admit=jax.jit(admit, donate_argnums=0, out_shardings=prompt),
         take_slots=jax.jit(take_slots, static_argnames="length", out_shardings=prompt),
         take_rows=jax.jit(take_rows, static_argnames="length", out_shardings=cache),
+        uniforms=jax.jit(uniforms, static_argnames="chunk", out_shardings=whole),
         decode=jax.jit(
             functools.partial(decode, pin=pin, **settings),
             static_argnames=("chunk", "temperature", "top_k", "top_p"),
@@ -216,17 +218,17 @@ def take_rows(caches: Caches, source: Int[Array, "S W"], shift: Int[Array, ""], 
 
 
 def uniforms(
-    seeds: UInt32[Array, "S W 2"], rollouts: Int[Array, "S W"], positions: Int[Array, "S W C"]
-) -> Float[Array, "S W C 2"]:
-    """Two uniforms for each token: a function of (seed, rollout, position of the token) alone."""
+    seeds: UInt32[Array, "U 2"], rollouts: Int[Array, " U"], counts: Int[Array, " U"], *, chunk: int
+) -> Float[Array, "U C 2"]:
+    """Two uniforms for each of a row's next ``chunk`` tokens: a function of (seed, rollout, position of the
+    token) alone."""
 
-    def one_row(seed, rollout, positions):
+    def one_row(seed, rollout, count):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), rollout)
-        return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(
-            positions
-        )
+        draw = lambda position: jax.random.uniform(jax.random.fold_in(key, position), (2,))  # noqa: E731
+        return jax.vmap(draw)(count + jnp.arange(chunk))
 
-    return jax.vmap(jax.vmap(one_row))(seeds, rollouts, positions)
+    return jax.vmap(one_row)(seeds, rollouts, counts)
 
 
 def two_part_attention(
@@ -271,6 +273,7 @@ def decode(
     prompts: Caches,
     caches: Caches,
     rows: dict[str, jax.Array],
+    draws: Float[Array, "U C 2"],
     numbers: dict[str, jax.Array],
     *,
     config: ModelConfig,
@@ -283,19 +286,18 @@ def decode(
 ) -> tuple[Caches, dict[str, jax.Array]]:
     """Up to ``chunk`` tokens for every live row.
 
-    ``rows``: ``token`` (the next input), ``count`` (tokens sampled so far), ``live``, ``rollout`` ``[S, W]``,
-    ``seed [S, W, 2]`` and ``prompt_length [S]`` (columns of the prompt cache in use). ``numbers``: the first
-    ``column`` to write, ``limit`` of steps, ``stop_at`` (leave when that few rows live), ``max_tokens``, and
-    ``stop_ids`` (padded with -1). Returns the caches, ``tokens`` and ``logprobs [S, W, C]``, ``count``,
-    ``live`` and ``steps``; a row's new tokens are its first ``count`` minus old ``count``.
+    ``rows``: ``token`` (the next input), ``count`` (tokens sampled so far) and ``live`` ``[S, W]``, and
+    ``prompt_length [S]`` (columns of the prompt cache in use). ``draws``: `uniforms` of the S * W rows, and
+    of more; greedy sampling ignores them. ``numbers``: the first ``column`` to write, ``limit`` of steps,
+    ``stop_at`` (leave when that few rows live), ``max_tokens``, and ``stop_ids`` (padded with -1). Returns
+    the caches, ``tokens`` and ``logprobs [S, W, C]``, ``count``, ``live`` and ``steps``; a row's new tokens
+    are its first ``count`` minus old ``count``.
     """
     slots, width = rows["token"].shape
     num_columns = caches[0][0].shape[4]
     prompt_mask = jnp.arange(prompts[0][0].shape[3])[None, :] < rows["prompt_length"][:, None]
     column_ids = jnp.arange(num_columns)[None, None, :]
-    draws = None
-    if temperature > 0:
-        draws = uniforms(rows["seed"], rows["rollout"], rows["count"][..., None] + jnp.arange(chunk))
+    draws = draws[: slots * width]
 
     def going(carry):
         return (carry["step"] < numbers["limit"]) & (carry["live"].sum() > numbers["stop_at"])
@@ -327,8 +329,7 @@ def decode(
         hidden = rms_norm(x, params["final_norm"], eps=config.norm_eps).astype(params["head"].dtype)
         hidden = hidden.reshape(slots * width, -1)
         scores = pin(jnp.matmul(hidden, params["head"], preferred_element_type=jnp.float32))
-        draw = jnp.zeros((slots * width, 2)) if draws is None else draws[:, :, step].reshape(-1, 2)
-        token, logprob = sample(scores, draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        token, logprob = sample(scores, draws[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(live, token.reshape(slots, width), carry["token"])
         count = count + live
         stopped = (token[..., None] == numbers["stop_ids"]).any(axis=-1)

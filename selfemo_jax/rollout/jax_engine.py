@@ -6,8 +6,8 @@ half, `rollout/slots.py` the rule of the shapes. Rows are split over data and fs
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, Params
 from selfemo_jax.model.sharding import check_tp, make_mesh
+from selfemo_jax.rollout.board import Board, Live, Prompt, Row, seat
 from selfemo_jax.rollout.decode import Caches, Programs, programs
 from selfemo_jax.rollout.engine import Completion, Group, Request, Sampling
 from selfemo_jax.rollout.slots import (
@@ -51,51 +52,6 @@ class EngineStats:
     """Seconds spent in starting prefills; their work overlaps with the decoding that follows."""
     seconds: float = 0.0
     """Seconds inside `generate`, compilation included."""
-
-
-@dataclass(kw_only=True, eq=False)
-class _Row:
-    """One rollout in the making."""
-
-    prompt: "_Prompt"
-    rollout: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Prompt:
-    """Rollouts of one request that decode from one prefill."""
-
-    request: Request
-    rollouts: range
-
-
-@dataclass(kw_only=True, eq=False)
-class _Board:
-    """The rows that decode now: which slot and place each has, and the caches."""
-
-    layout: Layout
-    slots: list[_Prompt | None]
-    rows: list[list[_Row | None]]
-    prompts: Caches
-    caches: Caches
-    prompt_length: int
-    """P, columns of the prompt caches."""
-    length: int
-    """T, columns of the completion caches."""
-    column: int = 0
-    """The next column to write."""
-
-    def live(self) -> dict[_Prompt, list[tuple[int, _Row]]]:
-        """Live rows, with their number slot * W + place, by prompt."""
-        found: dict[_Prompt, list[tuple[int, _Row]]] = {}
-        for slot, rows in enumerate(self.rows):
-            for place, row in enumerate(rows):
-                if row is not None:
-                    found.setdefault(row.prompt, []).append((slot * self.layout.width + place, row))
-        return found
 
 
 class JaxEngine:
@@ -210,13 +166,13 @@ class JaxEngine:
         largest = max(request.num for request in requests)
         allowed = widths(min(largest, max(1, self._max_rows // self._multiple)))
         waiting = [
-            _Prompt(request=request, rollouts=range(start, min(start + self._max_rows, request.num)))
+            Prompt(request=request, rollouts=range(start, min(start + self._max_rows, request.num)))
             for request in sorted(requests, key=lambda request: -len(request.token_ids))
             for start in range(0, request.num, self._max_rows)
         ]
         done: dict[str, dict[int, Completion]] = {request.id: {} for request in requests}
         wanted = {request.id: request.num for request in requests}
-        board: _Board | None = None
+        board: Board | None = None
         while waiting or (board is not None and board.live()):
             board = self._arrange(board, waiting, allowed, sampling)
             for row in self._decode(board, sampling):
@@ -233,11 +189,11 @@ class JaxEngine:
         self._counts["seconds"] += time.perf_counter() - began
 
     def _arrange(
-        self, board: _Board | None, waiting: list[_Prompt], allowed: Sequence[int], sampling: Sampling
-    ) -> _Board:
+        self, board: Board | None, waiting: list[Prompt], allowed: Sequence[int], sampling: Sampling
+    ) -> Board:
         """The board of the next chunk: refilled from ``waiting``, shrunk, or with more columns, if that is
         due."""
-        live = {} if board is None else board.live()
+        live: Live = {} if board is None else board.live()
         counts = [len(rows) for rows in live.values()]
         new = self._admissible(counts, waiting, allowed)
         counts += [len(prompt.rollouts) for prompt in new]
@@ -251,7 +207,7 @@ class JaxEngine:
         del waiting[: len(new)]
         return self._move(board, live, new, layout, sampling)
 
-    def _admissible(self, live: list[int], waiting: list[_Prompt], allowed: Sequence[int]) -> list[_Prompt]:
+    def _admissible(self, live: list[int], waiting: list[Prompt], allowed: Sequence[int]) -> list[Prompt]:
         """The next prompts that fit beside the live rows; none where a prefill of so few would not pay."""
         num, rows = 0, 0
         while num < len(waiting):
@@ -267,39 +223,13 @@ class JaxEngine:
 
     def _move(
         self,
-        old: _Board | None,
-        live: dict[_Prompt, list[tuple[int, _Row]]],
-        new: list[_Prompt],
+        old: Board | None,
+        live: Live,
+        new: list[Prompt],
         layout: Layout,
         sampling: Sampling,
-    ) -> _Board:
-        slots: list[_Prompt | None] = []
-        rows: list[list[_Row | None]] = []
-        slot_source, row_source = [], []
-        fresh: dict[_Prompt, list[int]] = {}
-        for prompt in (*live, *new):
-            if prompt in live:
-                placed = live[prompt]
-            else:
-                placed = [(0, _Row(prompt=prompt, rollout=rollout)) for rollout in prompt.rollouts]
-            for start in range(0, len(placed), layout.width):
-                part = placed[start : start + layout.width]
-                spare = layout.width - len(part)
-                if prompt in live:
-                    assert old is not None
-                    slot_source.append(part[0][0] // old.layout.width)
-                else:
-                    fresh.setdefault(prompt, []).append(len(slots))
-                    slot_source.append(0)
-                row_source.append([number for number, _ in part] + [0] * spare)
-                slots.append(prompt)
-                rows.append([row for _, row in part] + [None] * spare)
-        spare = layout.slots - len(slots)
-        slots += [None] * spare
-        rows += [[None] * layout.width for _ in range(spare)]
-        slot_source += [0] * spare
-        row_source += [[0] * layout.width for _ in range(spare)]
-
+    ) -> Board:
+        seats = seat(live, new, layout, old_width=old.layout.width if old else 1)
         oldest = max((len(row.tokens) for placed in live.values() for _, row in placed), default=0)
         longest = max(len(prompt.request.token_ids) - 1 for prompt in (*live, *new))
         columns = prompt_columns(longest, multiple=self._prompt_multiple, known=self._known_columns)
@@ -313,15 +243,15 @@ class JaxEngine:
         if live:
             assert old is not None
             prompts, caches = old.prompts, old.caches
-            same = slot_source == list(range(old.layout.slots)) and columns == old.prompt_length
+            same = seats.slot_source == list(range(old.layout.slots)) and columns == old.prompt_length
             if not same:
                 prompts = self._call(
-                    self._programs.take_slots, prompts, np.array(slot_source, np.int32), length=columns
+                    self._programs.take_slots, prompts, np.array(seats.slot_source, np.int32), length=columns
                 )
             caches = self._call(
                 self._programs.take_rows,
                 caches,
-                np.array(row_source, np.int32),
+                np.array(seats.row_source, np.int32),
                 np.int32(old.column - oldest),
                 length=length,
             )
@@ -333,12 +263,12 @@ class JaxEngine:
                 prompt_length=columns,
                 length=length,
             )
-        if fresh:
-            prompts = self._prefill(prompts, fresh, num_slots=layout.slots, columns=columns)
-        return _Board(
+        if new:
+            prompts = self._prefill(prompts, seats.fresh, num_slots=layout.slots, columns=columns)
+        return Board(
             layout=layout,
-            slots=slots,
-            rows=rows,
+            slots=seats.slots,
+            rows=seats.rows,
             prompts=prompts,
             caches=caches,
             prompt_length=columns,
@@ -347,7 +277,7 @@ class JaxEngine:
         )
 
     def _prefill(
-        self, prompts: Caches, fresh: dict[_Prompt, list[int]], *, num_slots: int, columns: int
+        self, prompts: Caches, fresh: Mapping[Prompt, Sequence[int]], *, num_slots: int, columns: int
     ) -> Caches:
         """Prefill new prompts, longest first, and write them into all their slots."""
         began = time.perf_counter()
@@ -371,29 +301,31 @@ class JaxEngine:
         self._counts["prefill_seconds"] += time.perf_counter() - began
         return prompts
 
-    def _decode(self, board: _Board, sampling: Sampling) -> list[_Row]:
+    def _decode(self, board: Board, sampling: Sampling) -> list[Row]:
         """Run one chunk; the rows that it finished, taken off the board."""
         slots, width = board.layout.slots, board.layout.width
         inputs = {
             "token": np.zeros((slots, width), np.int32),
             "count": np.zeros((slots, width), np.int32),
             "live": np.zeros((slots, width), bool),
-            "rollout": np.zeros((slots, width), np.int32),
-            "seed": np.zeros((slots, width, 2), np.uint32),
             "prompt_length": np.zeros(slots, np.int32),
         }
+        # As many rows in every layout, so that this is compiled once.
+        seeds, rollouts = np.zeros((self._max_rows, 2), np.uint32), np.zeros(self._max_rows, np.int32)
+        counts = np.zeros(self._max_rows, np.int32)
         for slot, prompt in enumerate(board.slots):
             if prompt is None:
                 continue
             request = prompt.request
             inputs["prompt_length"][slot] = len(request.token_ids) - 1
-            inputs["seed"][slot] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
+            seeds[slot * width : (slot + 1) * width] = (request.seed >> 32, request.seed & 0xFFFFFFFF)
             for place, row in enumerate(board.rows[slot]):
                 if row is not None:
                     inputs["token"][slot, place] = row.tokens[-1] if row.tokens else request.token_ids[-1]
                     inputs["count"][slot, place] = len(row.tokens)
                     inputs["live"][slot, place] = True
-                    inputs["rollout"][slot, place] = row.rollout
+                    rollouts[slot * width + place] = row.rollout
+        counts[: slots * width] = inputs["count"].reshape(-1)
         padding = -len(sampling.stop_ids) % _STOP_IDS_MULTIPLE
         numbers = {
             "column": np.int32(board.column),
@@ -402,6 +334,9 @@ class JaxEngine:
             "max_tokens": np.int32(sampling.max_tokens),
             "stop_ids": np.array((*sampling.stop_ids, *[-1] * padding), np.int32),
         }
+        draws = np.zeros((self._max_rows, self._chunk, 2), np.float32)
+        if sampling.temperature > 0:
+            draws = self._call(self._programs.uniforms, seeds, rollouts, counts, chunk=self._chunk)
         version = self._version
         board.caches, result = self._call(
             self._programs.decode,
@@ -409,6 +344,7 @@ class JaxEngine:
             board.prompts,
             board.caches,
             inputs,
+            draws,
             numbers,
             chunk=self._chunk,
             temperature=float(sampling.temperature),
@@ -447,7 +383,7 @@ class JaxEngine:
         return result
 
 
-def _completion(row: _Row, sampling: Sampling) -> Completion:
+def _completion(row: Row, sampling: Sampling) -> Completion:
     return Completion(
         token_ids=tuple(row.tokens),
         logprobs=tuple(row.logprobs),
