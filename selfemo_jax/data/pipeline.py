@@ -84,6 +84,11 @@ def input_stream(
     mixed = grain.MapDataset.mix(parts, [weights[name] for name in names]) if len(parts) > 1 else parts[0]
     dataset = mixed[shard[0] :: shard[1]].map(encode).batch(batch_size, batch_fn=tuple).to_iter_dataset()
     if num_workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            # Grain's readers look at absl's flags, which only programs made with absl.app have parsed.
+            flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=num_workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_no_accelerator)
     iterator = iter(dataset)
