@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from selfemo_jax.algo.losses import importance_weights, token_weights
@@ -148,9 +149,9 @@ def _importance(old_logprobs: np.ndarray, packed: Packed, config: Config) -> np.
         padded[1, index, : len(current)] = sampled
         padded[2, index, : len(current)] = 1.0
     weights = importance_weights(
-        padded[0],
-        padded[1],
-        padded[2] > 0,
+        jnp.asarray(padded[0]),
+        jnp.asarray(padded[1]),
+        jnp.asarray(padded[2] > 0),
         kind=config.loss.importance,
         cap=config.loss.importance_cap,
     )
