@@ -36,7 +36,8 @@ _NEGATIVE = -1e30
 _ROWS = ("data", "fsdp")
 
 Caches = tuple[tuple[jax.Array, jax.Array], ...]
-"""Keys and values of each stack: prompts ``[M, S, K, P, H]``, completions ``[M, S, W, K, T, H]``."""
+"""Keys and values of each stack: prompts ``[M, S, K, P, H]``, completions ``[M, S, W, K, T, H]``; without M
+where the layers are unrolled, since XLA:CPU copies a cache that is sliced after it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
     """
     place = functools.partial(NamedSharding, mesh)
     whole = place(PartitionSpec())
-    prompt = place(PartitionSpec(None, _ROWS, "tp", None, None))
-    cache = place(PartitionSpec(None, _ROWS, None, "tp", None, None))
+    depth = () if unroll else (None,)
+    prompt = place(PartitionSpec(*depth, _ROWS, "tp", None, None))
+    cache = place(PartitionSpec(*depth, _ROWS, None, "tp", None, None))
     settings = {"config": config, "compute": compute}
     pin = lambda x: lax.with_sharding_constraint(x, place(PartitionSpec(_ROWS)))  # noqa: E731
     return Programs(
@@ -146,10 +148,10 @@ def empty(
 ) -> tuple[Caches, Caches]:
     """Prompt and completion caches of zeros."""
     c = config
-    num_stacks, depth = (c.num_layers, 1) if unroll else (1, c.num_layers)
+    num_stacks, depth = (c.num_layers, ()) if unroll else (1, (c.num_layers,))
 
     def zeros(*shape: int) -> Caches:
-        pair = lambda: jnp.zeros((depth, *shape, c.head_dim), compute.dtype)  # noqa: E731
+        pair = lambda: jnp.zeros((*depth, *shape, c.head_dim), compute.dtype)  # noqa: E731
         return tuple((pair(), pair()) for _ in range(num_stacks))
 
     return zeros(slots, c.num_kv_heads, prompt_length), zeros(slots, width, c.num_kv_heads, length)
@@ -164,7 +166,7 @@ def prefill(
     compute: Compute,
     pin: Callable[[jax.Array], jax.Array],
 ) -> Caches:
-    """Keys and values ``[M, B, K, P, H]`` of right-padded prompts; columns from ``lengths`` on mean
+    """Keys and values (`Caches`, B for S) of right-padded prompts; columns from ``lengths`` on mean
     nothing."""
     num_rows, num_columns = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(num_columns)[None, :], (num_rows, num_columns))
@@ -182,15 +184,18 @@ def prefill(
     x = pin(embed_tokens(params, compute, tokens))
     caches = []
     for stack in params["stacks"]:
-        x, pair = lax.scan(block, x, stack)
+        if stack["attn_norm"].shape[0] == 1:
+            x, pair = block(x, {name: weight[0] for name, weight in stack.items()})
+        else:
+            x, pair = lax.scan(block, x, stack)
         caches.append(pair)
     return tuple(caches)
 
 
 def admit(prompts: Caches, new: Caches, slots: Int[Array, " B"]) -> Caches:
     """Write prefilled prompts into their slots; a slot number beyond the last is dropped."""
-    length = new[0][0].shape[3]
-    write = lambda old, fresh: old.at[:, slots, :, :length].set(fresh, mode="drop")  # noqa: E731
+    length = new[0][0].shape[-2]
+    write = lambda old, fresh: old.at[..., slots, :, :length, :].set(fresh, mode="drop")  # noqa: E731
     return jax.tree.map(write, prompts, new)
 
 
@@ -198,8 +203,8 @@ def take_slots(prompts: Caches, source: Int[Array, " S"], *, length: int) -> Cac
     """Prompt caches in a new order of slots and with ``length`` columns."""
 
     def take(x):
-        taken = jnp.take(x[:, :, :, :length], source, axis=1)
-        return jnp.pad(taken, ((0, 0),) * 3 + ((0, length - taken.shape[3]), (0, 0)))
+        taken = jnp.take(x[..., :length, :], source, axis=-4)
+        return jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, length - taken.shape[-2]), (0, 0)))
 
     return jax.tree.map(take, prompts)
 
@@ -209,10 +214,10 @@ def take_rows(caches: Caches, source: Int[Array, "S W"], shift: Int[Array, ""], 
     ``shift`` columns, with ``length`` columns."""
 
     def take(x):
-        depth, slots, width, *rest = x.shape
-        taken = jnp.take(x.reshape(depth, slots * width, *rest), source, axis=1)
-        padded = jnp.pad(taken, ((0, 0),) * 4 + ((0, length), (0, 0)))
-        return lax.dynamic_slice_in_dim(padded, shift, length, axis=4)
+        *depth, slots, width = x.shape[:-3]
+        taken = jnp.take(x.reshape(*depth, slots * width, *x.shape[-3:]), source, axis=-4)
+        padded = jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, length), (0, 0)))
+        return lax.dynamic_slice_in_dim(padded, shift, length, axis=x.ndim - 2)
 
     return jax.tree.map(take, caches)
 
@@ -294,8 +299,8 @@ def decode(
     are its first ``count`` minus old ``count``.
     """
     slots, width = rows["token"].shape
-    num_columns = caches[0][0].shape[4]
-    prompt_mask = jnp.arange(prompts[0][0].shape[3])[None, :] < rows["prompt_length"][:, None]
+    num_columns = caches[0][0].shape[-2]
+    prompt_mask = jnp.arange(prompts[0][0].shape[-2])[None, :] < rows["prompt_length"][:, None]
     column_ids = jnp.arange(num_columns)[None, None, :]
     draws = draws[: slots * width]
 
@@ -311,12 +316,8 @@ def decode(
 
         def block(x, layer, prompt, cache, index):
             q, k, v = layer_qkv(layer, config, x, tables)
-            at = (index, 0, 0, 0, column, 0)
-            cache = tuple(
-                lax.dynamic_update_slice(whole, new[None, :, :, :, None], at)
-                for whole, new in zip(cache, (k, v), strict=True)
-            )
-            pick = lambda whole: lax.dynamic_index_in_dim(whole, index, keepdims=False)  # noqa: E731
+            cache = jax.tree.map(lambda whole, new: _write(whole, new, column, index), cache, (k, v))
+            pick = lambda whole: _one_layer(whole, index)  # noqa: E731
             attended = two_part_attention(
                 q, jax.tree.map(pick, prompt), jax.tree.map(pick, cache), prompt_mask, seen
             )
@@ -358,10 +359,21 @@ def decode(
     return end["caches"], result | {"steps": end["step"]}
 
 
+def _write(cache: jax.Array, new: Float[Array, "S W K H"], column: jax.Array, index: jax.Array | None):
+    new = new[..., None, :]
+    if index is None:
+        return lax.dynamic_update_slice_in_dim(cache, new, column, axis=3)
+    return lax.dynamic_update_slice(cache, new[None], (index, 0, 0, 0, column, 0))
+
+
+def _one_layer(cache: jax.Array, index: jax.Array | None) -> jax.Array:
+    return cache if index is None else lax.dynamic_index_in_dim(cache, index, keepdims=False)
+
+
 def _through_stack(block, x: jax.Array, stack: Params, prompt: Any, cache: Any) -> tuple[jax.Array, Any]:
     depth = stack["attn_norm"].shape[0]
     if depth == 1:
-        return block(x, {name: weight[0] for name, weight in stack.items()}, prompt, cache, 0)
+        return block(x, {name: weight[0] for name, weight in stack.items()}, prompt, cache, None)
 
     # The cache stays in the carry: as inputs and outputs of a scan it would be copied at every token.
     def one_layer(index, carry):

@@ -93,8 +93,14 @@ class JaxEngine:
         self._prompt_multiple, self._completion_bucket = prompt_multiple, completion_bucket
         self._chunk, self._prefill_tokens = chunk, prefill_tokens
         unroll = config.num_layers <= _MAX_UNROLLED if unroll is None else unroll
-        self._options = {"unroll": unroll, "shard": decode_layout == "shard"}
-        self._programs: Programs = programs(config, compute, self._mesh, **self._options)
+        # A single layer cannot be looped over.
+        self._programs: Programs = programs(
+            config,
+            compute,
+            self._mesh,
+            unroll=unroll or config.num_layers == 1,
+            shard=decode_layout == "shard",
+        )
         self._weights: Params | None = None
         self._version = -1
         self._known_columns: set[int] = set()

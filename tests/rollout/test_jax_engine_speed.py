@@ -4,6 +4,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, init_params
@@ -112,3 +113,29 @@ def test_stats_add_up_and_each_prompt_is_prefilled_once_per_group():
     assert stats.num_row_steps == 16 * 24
     assert 0 < stats.prefill_seconds <= stats.seconds
     assert (stats.num_compilations > 0) == (stats.compile_seconds > 0)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_no_step_copies_a_whole_cache(unroll):
+    engine = make_engine(unroll=unroll)
+    slots, width, columns, chunk = 4, 2, 40, 4
+    prompts, caches = engine._programs.empty(slots=slots, width=width, prompt_length=24, length=columns)
+    rows = {name: np.zeros((slots, width), np.int32) for name in ("token", "count")}
+    rows |= {"live": np.ones((slots, width), bool), "prompt_length": np.zeros(slots, np.int32)}
+    numbers = {name: np.int32(1) for name in ("column", "limit", "stop_at", "max_tokens")}
+    compiled = engine._programs.decode.lower(
+        engine._weights,
+        prompts,
+        caches,
+        rows,
+        np.zeros((slots * width, chunk, 2), np.float32),
+        numbers | {"stop_ids": np.zeros(8, np.int32)},
+        chunk=chunk,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    ).compile()
+    shapes = {f"= f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves((prompts, caches))}
+    lines = [line for line in compiled.as_text().splitlines() if any(shape in line for shape in shapes)]
+    assert lines
+    assert [line for line in lines if " copy(" in line] == []
