@@ -34,10 +34,11 @@ def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
         jax.config.update("jax_num_cpu_devices", wanted)
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        # Without the CUDA plugin JAX fails by an assertion of its own.
         raise ValueError(
-            f"platform {platform}: JAX finds no such device ({error}); install jax[cuda12], or set platform "
-            "to cpu"
+            f"platform {platform}: JAX finds no such device ({error or 'no plugin for it'}); install "
+            "jax[cuda12], or set platform to cpu"
         ) from error
     mesh = make_mesh(axes, devices)
     shape = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
