@@ -38,20 +38,21 @@ Sums = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """Everything the optimizer changes; the update donates it."""
+    """Everything the optimizer changes; the update donates it. Trees of its form also hold shapes or
+    shardings, so the fields are not typed as arrays."""
 
-    params: Params
-    opt_state: optax.OptState
-    step: jax.Array
+    params: Any
+    opt_state: Any
+    step: Any
     """Optimizer updates taken, int32 scalar."""
 
 
 @struct.dataclass
 class Accumulator:
-    """Gradient and metric sums of the micro-batches so far."""
+    """Gradient (`Params`) and metric sums (`Sums`) of the micro-batches so far, or what describes them."""
 
-    gradients: Params
-    sums: Sums
+    gradients: Any
+    sums: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ def make_steps(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, accumulator: Accumulator, rate):
-        norm = optax.global_norm(accumulator.gradients)
+        norm = optax.tree.norm(accumulator.gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulator.sums["loss"][0])
         updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
