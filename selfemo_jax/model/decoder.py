@@ -274,7 +274,7 @@ def token_logprobs(
             entropy = log_total - jnp.sum(probabilities * scaled, axis=-1)
             return chosen - log_total, entropy
 
-    num_chunks = min(num_tokens, -(-num_rows * num_tokens * vocab * 4 // budget_bytes))
+    num_chunks = min(num_tokens, -(-num_rows * num_tokens * vocab * 4 // max(budget_bytes, 1)))
     if num_chunks <= 1:
         return scores(hidden, targets)
     # Chunks of one size: the last one is filled up, and what fills it is cut off again.
