@@ -123,6 +123,8 @@ def _majority(corpus: Corpus) -> str:
         for turn in dialogue.turns
         if turn.labels
     )
+    if not counts:
+        raise ValueError(f"data set {corpus.name}: no turn of its train split has a label")
     return min(counts, key=lambda label: (-counts[label], corpus.label_set.labels.index(label)))
 
 
