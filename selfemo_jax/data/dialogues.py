@@ -1,6 +1,6 @@
 """Dialogues, label lists and what a reader reports about the files it read.
 
-Labels are lower case inside the project; `LabelSet.display` keeps the spelling of the files for reports. A turn
+Labels are lower case inside the project; `LabelSet.display` keeps the files' spelling for reports. A turn
 without labels is context: it is read, never scored.
 """
 
@@ -183,7 +183,7 @@ def load_corpus(name: str, root: Path | None = None, **options: Any) -> Corpus:
     """Read one data set.
 
     Args:
-        name: meld, emorynlp or iemocap, read from the folder of that name under `root`; or the path of a folder
+        name: meld, emorynlp or iemocap, read from the folder of that name under `root`; or a folder
             in the project's own format (see `data.jsonl`), relative to the working directory, then to `root`.
             'sample' names the bundled corpora: 'sample/NAME' is one of them.
         root: folder that holds the data sets' folders.
