@@ -66,6 +66,12 @@ def test_every_batch_holds_its_share_of_each_source_to_within_one():
         assert abs(num_b - 0.3 * 16) <= 1
 
 
+def test_sources_of_one_length_are_shuffled_apart():
+    twins = {"a": range(50), "b": range(100, 150)}
+    seen = items(stream(twins, {"a": 0.5, "b": 0.5}, int, batch_size=10), 10)
+    assert [n for n in seen if n < 100] != [n - 100 for n in seen if n >= 100]
+
+
 def test_sources_that_are_empty_or_weigh_nothing_are_left_out():
     sources = TWO | {"c": (), "d": range(200, 210)}
     weights = SHARES | {"c": 0.5, "d": 0.0}
