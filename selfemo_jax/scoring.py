@@ -182,7 +182,6 @@ def score_groups(
     pred, valid = answers_to_arrays(full, inventories, num_classes=num_classes)
     gold = gold_to_array([sample.gold for sample in samples], inventories, num_classes=num_classes)
     mask = class_mask(inventories, num_classes=num_classes)
-    valid &= present
     computed = jax.device_get(
         scorer(pred, gold, valid, present, mask, np.float32(step), np.float32(total_steps))
     )
