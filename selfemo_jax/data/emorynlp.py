@@ -44,7 +44,7 @@ def read_emorynlp(
     Args:
         folder: holds the CSV files, and the JSON files for `context="json"`.
         context: "csv", the context of published scores; or "json", with the utterances that the CSV files
-        leave out
+        lack
             as unlabelled context. There, a split without JSON is read from its CSV (warning), and a split
             without CSV is the full release, every utterance labelled (warning).
         encoding: of the CSV files.
