@@ -78,7 +78,7 @@ def read_release(folder: Path, notes: Notes, *, encoding: str = "utf-8") -> tupl
 
 
 def speaker_name(dialogue_id: str, gender: str, at: str) -> str:
-    """The name of the actor of that gender in the dialogue's session. ValueError on another session or gender."""
+    """The name of the actor of that gender in the dialogue's session. ValueError if there is none."""
     session = dialogue_id[:5]
     if session not in NAMES or gender not in ("F", "M"):
         raise ValueError(

@@ -1,0 +1,120 @@
+"""Look at the corpora before training on them.
+
+    python tools/data.py stats meld emorynlp --root DIR      counts, repairs and warnings of the readers
+    python tools/data.py audit meld emorynlp --root DIR      dialogues that occur in training and evaluation
+
+Without names: every data set found under the root, else the bundled corpora. The root is SELFEMO_DATA if not
+given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, title
+from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one subcommand."""
+    parser = argparse.ArgumentParser(prog="tools/data.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_stats(commands)
+    add_audit(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+def add_stats(commands: argparse._SubParsersAction) -> None:
+    """The subcommand `stats`."""
+    parser = commands.add_parser("stats", help="counts by split and label, repairs, warnings")
+    _add_corpora(parser)
+    parser.set_defaults(run=stats)
+
+
+def add_audit(commands: argparse._SubParsersAction) -> None:
+    """The subcommand `audit`."""
+    parser = commands.add_parser("audit", help="dialogues in both training and evaluation splits")
+    _add_corpora(parser)
+    parser.add_argument(
+        "--policy", choices=("official", "strict"), default="official", help="strict: overlap fails"
+    )
+    parser.add_argument(
+        "--rule", choices=("wide", "strict"), default="wide", help="rule that drops training dialogues"
+    )
+    parser.set_defaults(run=audit)
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Print, and save if asked, the report of each reader."""
+    corpora = _load(args)
+    for corpus in corpora:
+        report = corpus.report
+        print(
+            f"{title(corpus.name)}: "
+            + " ".join(f"{label:>10}" for label in ("rows", *corpus.label_set.display))
+        )
+        for split in SPLITS:
+            counts = (report.rows[split], *report.labels[split].values())
+            print(
+                f"  {split:<6}{report.dialogues[split]:>6,} dialogues "
+                + " ".join(f"{n:>10,}" for n in counts)
+            )
+        for kind in ("repairs", "warnings", "infos"):
+            for line in getattr(report, kind):
+                print(f"  {kind.removesuffix('s')}: {line}")
+        for what, count in report.skipped.items():
+            print(f"  skipped: {count:,} {what}")
+    _save({corpus.name: corpus.report.to_json() for corpus in corpora}, args.json)
+
+
+def audit(args: argparse.Namespace) -> None:
+    """Print, and save if asked, what training and evaluation share."""
+    corpora = _load(args)
+    by_name = {corpus.name: corpus for corpus in corpora}
+    for corpus in corpora:
+        for line in leakage_warnings(corpus, policy=args.policy):
+            print(f"{title(corpus.name)}: {line}")
+    parts = eval_parts(by_name)
+    for corpus in corpora:
+        for split in ("dev", "test"):
+            ids = [parts[f"{corpus.name}/{split}/{d.dialogue_id}"] for d in corpus.splits[split]]
+            print(
+                f"{title(corpus.name)} {split}: {ids.count('shared')} of {len(ids)} dialogues occur in training"
+            )
+    _, report = decontaminate(by_name, rule=args.rule)
+    for line in report["messages"]:
+        print(line)
+    print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
+    _save({**report, "parts": parts}, args.json)
+
+
+def _add_corpora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", help="meld, emorynlp, iemocap, sample or a folder of your own")
+    parser.add_argument(
+        "--root", default=os.environ.get("SELFEMO_DATA"), help="folder above meld/, emorynlp/, ..."
+    )
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+
+
+def _load(args: argparse.Namespace) -> tuple[Corpus, ...]:
+    root = Path(args.root) if args.root else None
+    found = [name for name in ("meld", "emorynlp", "iemocap") if root and (root / name).is_dir()]
+    return load_corpora(args.names or found or ["sample"], root)
+
+
+def _save(content: object, path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
