@@ -327,12 +327,6 @@ class Flywheel:
     """Synthetic inputs kept per iteration at most."""
     tau: Share = 0.5
     """Least r1 of an accepted rollout."""
-    harvest: Literal["sample", "replay"] = "sample"
-    """Sample anew with the frozen policy, or take the training rollouts of the last max_age steps."""
-    max_age: Count = 50
-    """Steps; only for harvest replay."""
-    max_inputs: Count | None = None
-    """Inputs that a harvest answers, chosen by the seed; null: the whole buffer once."""
     max_depth: Count = 3
     """Generated turns a dialogue may carry."""
     max_share: Share = 0.5

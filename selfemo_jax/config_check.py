@@ -151,17 +151,9 @@ def _sampling(config: Config) -> Iterator[str]:
     if rollout.top_p != 1:
         yield f"rollout.top_p is {rollout.top_p}: training samples untruncated ({reason}); set it to 1"
     try:
-        kind, num = parse_keep(rollout.keep)
+        parse_keep(rollout.keep)
     except ValueError as error:
         yield str(error)
-        return
-    harvested = config.flywheel.iterations > 0 and config.flywheel.harvest == "replay"
-    if harvested and (kind == "every" or (kind == "last" and num < config.flywheel.max_age)):
-        yield (
-            "flywheel.harvest replay reads the rollouts of the last flywheel.max_age = "
-            f"{config.flywheel.max_age} steps and rollout.keep is {rollout.keep!r}; set rollout.keep to "
-            f"all or last {config.flywheel.max_age}"
-        )
 
 
 def _phases(config: Config) -> Iterator[str]:

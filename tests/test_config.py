@@ -294,12 +294,6 @@ def test_all_problems_are_told_at_once():
     assert "tiny.yaml and the command line" in text
 
 
-def test_replayed_harvest_needs_the_rollouts_it_reads():
-    replay = {"harvest": "replay", "max_age": 50}
-    assert "set rollout.keep to all or last 50" in problems(flywheel=replay, rollout={"keep": "last 49"})
-    parse_config({"flywheel": replay | VALID["flywheel"], "rollout": {"keep": "last 50"}})
-
-
 # ---- small texts ----
 
 

@@ -249,9 +249,6 @@ def test_personas_are_told_or_left_out_by_the_setting():
     assert "doubts" in told and "doubts" not in untold
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pickle.PicklingError, reason="TextCodec holds lru_caches, which do not pickle"
-)
 def test_the_encoder_can_travel_to_a_reader_process():
     encode = functools.partial(run_inputs.encode_input, codec=codec(), config=settings())
     one = sample(gold={"joy": 1.0})

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any, *, folder: str, generation_config: Mapping[str, Any]):
         self.tokenizer = tokenizer
+        self._made_with = {"folder": folder, "generation_config": dict(generation_config)}
         self._markup = tokenizer.backend_tokenizer
         self._data = _without_added_tokens(self._markup)
         self.added_ids = frozenset(tokenizer.added_tokens_decoder)
@@ -74,6 +75,10 @@ class TextCodec:
         self.eos_id = self.stop_ids[0]
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id
         self._check_spelling(folder)
+
+    def __reduce__(self):
+        # A reader process gets the tokenizer and makes its own caches.
+        return partial(TextCodec, **self._made_with), (self.tokenizer,)
 
     def encode_data(self, text: str) -> list[int]:
         """Ids of what a person or a model said: none is an added token, and they decode to the text.

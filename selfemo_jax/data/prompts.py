@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from selfemo_jax.data.inputs import Sample
-
 from selfemo_jax.data.codec import TextCodec, load_codec
 from selfemo_jax.data.grammar import answer_pieces
+from selfemo_jax.data.inputs import Sample
 
 __all__ = [
     "Prompt",
