@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Torch's waiting threads would otherwise burn the cores that JAX runs on.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -125,7 +126,7 @@ def _prompts(args: argparse.Namespace, rng: np.random.Generator) -> list[list[in
     return [rng.integers(1, args.vocab_size, length).tolist() for length in lengths]
 
 
-def _torch_model(config: ModelConfig, params: Params) -> torch.nn.Module:
+def _torch_model(config: ModelConfig, params: Params) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         save_hf(params, config, Path(folder) / "model")
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -134,7 +135,7 @@ def _torch_model(config: ModelConfig, params: Params) -> torch.nn.Module:
 
 
 def _generate(
-    model: torch.nn.Module, prompts: list[list[int]], args: argparse.Namespace, cache: str
+    model: Any, prompts: list[list[int]], args: argparse.Namespace, cache: str
 ) -> Callable[[int], int]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts for _ in range(args.num)])

@@ -65,7 +65,7 @@ class Seats:
     rows: list[list[Row | None]]
     slot_source: list[int]
     row_source: list[list[int]]
-    fresh: Mapping[Prompt, Sequence[int]]
+    fresh: Mapping[Prompt, list[int]]
     """The slots of each prompt that is still to be prefilled."""
 
 

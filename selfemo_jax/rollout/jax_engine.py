@@ -6,7 +6,7 @@ half, `rollout/slots.py` the rule of the shapes. Rows are split over data and fs
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -379,7 +379,7 @@ class JaxEngine:
                     rows[place] = None
         return finished
 
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a compiled function and count the compilation it may need."""
         before, began = function._cache_size(), time.perf_counter()
         result = function(*args, **kwargs)
