@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from selfemo_jax.config import Config
+from selfemo_jax.config_io import config_folder
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.model.weights import PARAMS_NAME
@@ -117,8 +118,8 @@ class Found:
 
     weights: Path
     """Converted or Hugging Face folder."""
-    config_file: Path | None
-    """The settings it was trained with, where it is a run."""
+    config_file: Path
+    """The settings it was trained with, where it lies in a run; else those of ``configs/evaluate.yaml``."""
     out: Path
     """Where its scores go unless told otherwise."""
 
@@ -152,7 +153,8 @@ def find_checkpoint(folder: str | Path) -> Found:
     return Found(weights=weights, config_file=folder / "config.yaml", out=folder / "eval")
 
 
-def _config_above(folder: Path) -> Path | None:
-    """The settings of the run that a folder lies in."""
+def _config_above(folder: Path) -> Path:
+    """The settings of the run that a folder lies in, else those for a checkpoint without any."""
     inside = [parent / "config.yaml" for parent in folder.resolve().parents]
-    return next((path for path in inside if path.exists() and (path.parent / "metrics.jsonl").exists()), None)
+    runs = (path for path in inside if path.exists() and (path.parent / "metrics.jsonl").exists())
+    return next(runs, config_folder() / "evaluate.yaml")
