@@ -86,9 +86,8 @@ def audit(args: argparse.Namespace) -> None:
     for corpus in corpora:
         for split in ("dev", "test"):
             ids = [parts[f"{corpus.name}/{split}/{d.dialogue_id}"] for d in corpus.splits[split]]
-            print(
-                f"{title(corpus.name)} {split}: {ids.count('shared')} of {len(ids)} dialogues occur in training"
-            )
+            count = f"{ids.count('shared')} of {len(ids)} dialogues occur in training"
+            print(f"{title(corpus.name)} {split}: {count}")
     _, report = decontaminate(by_name, rule=args.rule)
     for line in report["messages"]:
         print(line)

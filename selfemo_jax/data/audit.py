@@ -79,7 +79,7 @@ def title(name: str) -> str:
 def shared_dialogues(
     first: Sequence[Dialogue], second: Sequence[Dialogue], *, rule: str = "strict"
 ) -> tuple[SharedPair, ...]:
-    """The pairs of a dialogue of `first` and one of `second` that the rule calls shared, in order of `first`."""
+    """The pairs, one dialogue of each side, that the rule calls shared, in order of `first`."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
     pairs = []
@@ -110,8 +110,8 @@ def decontaminate(
         keep_own: data sets whose overlap between their own splits is left in.
 
     Returns:
-        The corpora under the same names, and a report of JSON types: `rule`; `dropped`, the root ids; `rows`, the
-        turns in them; `messages`; `pairs`, training dialogue, evaluation dialogue and matches.
+        The corpora under the same names, and a report of JSON types: `rule`; `dropped`, the root ids; `rows`,
+        the turns in them; `messages`; `pairs`, training dialogue, evaluation dialogue and matches.
     """
     kept_own = set(keep_own)
     cleaned: dict[str, Corpus] = {}
