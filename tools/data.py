@@ -1,6 +1,7 @@
 """Look at the corpora before training on them.
 
     python tools/data.py stats meld emorynlp --root DIR      counts, repairs and warnings of the readers
+    python tools/data.py fetch --root DIR                    which files are there, where the others are
     python tools/data.py audit meld emorynlp --root DIR      dialogues that occur in training and evaluation
 
 Without names: every data set found under the root, else the bundled corpora. The root is SELFEMO_DATA if not
@@ -10,6 +11,7 @@ given.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, title
 from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
+from selfemo_jax.data.manifest import SHA256, SOURCES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_stats(commands)
     add_audit(commands)
+    add_fetch(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -50,6 +54,13 @@ def add_audit(commands: argparse._SubParsersAction) -> None:
         "--rule", choices=("wide", "strict"), default="wide", help="rule that drops training dialogues"
     )
     parser.set_defaults(run=audit)
+
+
+def add_fetch(commands: argparse._SubParsersAction) -> None:
+    """The subcommand `fetch`."""
+    parser = commands.add_parser("fetch", help="where the files come from, and which are there")
+    parser.add_argument("--root", default=os.environ.get("SELFEMO_DATA"), help="folder above meld/, ...")
+    parser.set_defaults(run=fetch)
 
 
 def stats(args: argparse.Namespace) -> None:
@@ -93,6 +104,20 @@ def audit(args: argparse.Namespace) -> None:
         print(line)
     print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
     _save({**report, "parts": parts}, args.json)
+
+
+def fetch(args: argparse.Namespace) -> None:
+    """Print each corpus' source and the state of its files under the root. Nothing is downloaded."""
+    root = Path(args.root) if args.root else Path("DIR")
+    for name, source in SOURCES.items():
+        print(f"{title(name)}: {source}\n  into {root / name}")
+        for file in (file for file in SHA256 if file.startswith(f"{name}/")):
+            path = root / file
+            state = "missing"
+            if path.is_file():
+                same = hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[file]
+                state = "as published" if same else "not the published bytes"
+            print(f"    {path.name:<28}{state}")
 
 
 def _add_corpora(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from selfemo_jax.data.checks import (
     read_text,
 )
 from selfemo_jax.data.dialogues import EMORYNLP, SPLITS, Corpus, Dialogue, Turn, make_corpus
+from selfemo_jax.data.manifest import note_digests
 
 COLUMNS = ("Utterance", "Speaker", "Emotion", "Scene_ID", "Utterance_ID", "Season", "Episode")
 PUBLISHED = {"train": 7551, "dev": 954, "test": 984}
@@ -71,6 +72,7 @@ def read_emorynlp(
             f"results use the 7,551/954/984 subset in declare-lab/MELD."
         )
     check_sizes("EmoryNLP", {s: n for s, n in sizes.items() if s not in full}, PUBLISHED, notes)
+    note_digests(notes)
     return make_corpus(EMORYNLP, found, **notes.report())
 
 

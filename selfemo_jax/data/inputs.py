@@ -70,10 +70,9 @@ class Sample:
         kinds |= dict.fromkeys(("history", "inventory", "tags"), list)
         optional = {"parent_id": str, "persona": str, "theme": str, "reference": dict, "policy_version": int}
         _check_types(record, kinds, optional, where)
-        history = tuple(tuple(turn) for turn in record["history"])
-        if not history or not all(
-            len(turn) == 2 and all(isinstance(x, str) for x in turn) for turn in history
-        ):
+        history = record["history"]
+        pairs = [isinstance(turn, list) and [type(part) for part in turn] == [str, str] for turn in history]
+        if not history or not all(pairs):
             raise ValueError(
                 f"{where}: history must be a non-empty list of [speaker, text] pairs of strings."
             )
@@ -90,7 +89,7 @@ class Sample:
         return Sample(
             **{
                 **record,
-                "history": history,
+                "history": tuple(map(tuple, history)),
                 "inventory": tuple(record["inventory"]),
                 "tags": tuple(record["tags"]),
                 "gold": _weights(record["gold"], where),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import as_file
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from selfemo_jax.data.checks import (
 from selfemo_jax.data.dialogues import SPLITS, Corpus, Dialogue, LabelSet, Turn, label_set, make_corpus
 from selfemo_jax.data.dialogues import speakers as distinct_speakers
 
+_SAMPLE = files("selfemo_jax") / "sample"
 _DIALOGUE_KEYS = ("dialogue_id", "turns", "personas", "theme")
 _TURN_KEYS = ("speaker", "text", "label", "labels")
 _DATASET_KEYS = ("name", "labels")
@@ -155,20 +156,19 @@ def find_folder(name: str, root: Path | None) -> Path:
 
 def sample_names() -> tuple[str, ...]:
     """The bundled corpora, as `load_corpus` names them."""
-    from selfemo_jax import sample
-
-    return tuple(f"sample/{name}" for name in sample.NAMES)
+    folders = (folder for folder in _SAMPLE.iterdir() if folder.joinpath("dataset.json").is_file())
+    return tuple(sorted(f"sample/{folder.name}" for folder in folders))
 
 
 def read_sample(name: str, **options: Any) -> Corpus:
-    """One of the bundled, invented corpora."""
-    from selfemo_jax import sample
-
-    if not name:
+    """One of the bundled, invented corpora. ValueError on a name that is none."""
+    names = sample_names()
+    if f"sample/{name}" not in names:
         raise ValueError(
-            f"'sample' is several corpora; load_corpora reads all; one is '{sample_names()[0]}'."
+            f"'sample/{name}' is no bundled corpus; expected one of {', '.join(names)} (load_corpora "
+            f"reads all of them as 'sample')."
         )
-    with as_file(sample.dataset(name)) as folder:
+    with as_file(_SAMPLE / name) as folder:
         return read_folder(folder, **options)
 
 

@@ -22,6 +22,7 @@ from selfemo_jax.data.checks import (
     read_text,
 )
 from selfemo_jax.data.dialogues import MELD, SPLITS, Corpus, Dialogue, Turn, make_corpus
+from selfemo_jax.data.manifest import note_digests
 
 COLUMNS = ("Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID")
 PUBLISHED = {"train": 9989, "dev": 1109, "test": 2610}
@@ -50,6 +51,7 @@ def read_meld(folder: Path, *, encoding: str = "utf-8", splits: Sequence[str] = 
                     f"(dropped by multimodal preprocessing)."
                 )
     check_sizes("MELD", sizes, PUBLISHED, notes)
+    note_digests(notes)
     return make_corpus(MELD, found, **notes.report())
 
 

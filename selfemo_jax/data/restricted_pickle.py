@@ -65,7 +65,7 @@ def _scalar(dtype: np.dtype, data: Any = None) -> Any:
     return multiarray.scalar(dtype, data)
 
 
-def _reconstruct(subtype: type, shape: tuple[int, ...], kind: Any) -> np.ndarray:
+def _reconstruct(subtype: type, shape: tuple[int, ...], kind: Any) -> Any:
     if subtype is not np.ndarray:
         raise _Refused("refused a subclass of numpy.ndarray")
     return multiarray._reconstruct(subtype, shape, kind)

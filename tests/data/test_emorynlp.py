@@ -7,7 +7,17 @@ import pytest
 from selfemo_jax.data.dialogues import load_corpus
 from selfemo_jax.data.emorynlp import read_emorynlp
 
-HEADER = ["Utterance", "Speaker", "Emotion", "Scene_ID", "Utterance_ID", "Season", "Episode", "Start_Time", "End_Time"]
+HEADER = [
+    "Utterance",
+    "Speaker",
+    "Emotion",
+    "Scene_ID",
+    "Utterance_ID",
+    "Season",
+    "Episode",
+    "Start_Time",
+    "End_Time",
+]
 NUMBER = {"train": 1, "dev": 2, "test": 3}
 
 

@@ -99,8 +99,8 @@ def test_mojibake_is_an_error_for_every_kind_of_wrong_decoding(folder, good, wro
     bad = good.encode().decode(wrong)
     message = error(folder, [ROWS[0], (f"It{bad}s hot.", "Ada", "joy", 0, 1)])
     assert message == (
-        f"meld/train_sent_emo.csv:3: utterance contains {bad!r}: the file was decoded with the wrong encoding "
-        "before it was saved. Take a fresh copy of the file."
+        f"meld/train_sent_emo.csv:3: utterance contains {bad!r}: the file was decoded with the wrong "
+        f"encoding before it was saved. Take a fresh copy of the file."
     )
 
 
@@ -149,7 +149,8 @@ def test_empty_utterance_and_speaker_are_errors_but_a_lone_mark_is_not(folder):
 def test_limits_point_at_an_unbalanced_quote(folder):
     long = [("word " * 401, "A", "joy", 0, 0)]
     assert error(folder, long).startswith(
-        "meld/train_sent_emo.csv:2: a field has 2,005 characters (limit 2,000); an unbalanced quote is suspected."
+        "meld/train_sent_emo.csv:2: a field has 2,005 characters (limit 2,000); an unbalanced quote is "
+        "suspected."
     )
     swallowed = encoded(ROWS) + b'"stray,A,joy,1,0\r\n' + b"line,A,joy,1,1\r\n" * 200
     assert "meld/train_sent_emo.csv:4: a field has" in error(folder, swallowed)
@@ -182,6 +183,12 @@ def test_report_is_saved_as_json_with_every_count(folder, tmp_path):
     assert saved == report.to_json()
     assert saved["rows"] == {"train": 2, "dev": 2, "test": 2} and saved["labels"]["train"]["joy"] == 1
     assert set(saved) == set(IngestReport.__dataclass_fields__)
+
+
+def test_other_bytes_than_the_published_file_are_a_warning(folder):
+    warnings = read_meld(folder).report.warnings
+    digests = [w for w in warnings if w.startswith("meld/train_sent_emo.csv: SHA-256 ")]
+    assert len(digests) == 1 and "is not the published file's (d2fa2d6529cf...)" in digests[0]
 
 
 def test_label_sets_have_2_to_32_distinct_words():

@@ -156,8 +156,12 @@ def test_lines_without_a_label_list_are_read_unlabelled():
 
 def test_bundled_corpora_have_the_three_label_lists_and_all_splits():
     corpora = load_corpora(["sample"])
-    assert [corpus.name for corpus in corpora] == [f"sample_{name}" for name in sample.NAMES]
-    assert [len(corpus.label_set.labels) for corpus in corpora] == [7, 7, 6]
+    assert [corpus.name for corpus in corpora] == [f"sample_{name}" for name in sorted(sample.NAMES)]
+    assert [len(corpus.label_set.labels) for corpus in corpora] == [7, 6, 7]
     assert all(corpus.splits[split] for corpus in corpora for split in ("train", "dev", "test"))
+    with pytest.raises(
+        ValueError, match="'sample/mled' is no bundled corpus; expected one of sample/emorynlp"
+    ):
+        load_corpus("sample/mled")
     with as_file(sample.dataset("meld")) as folder:
         assert load_corpus("sample/meld").splits == load_corpus(str(folder)).splits

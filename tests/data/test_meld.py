@@ -7,7 +7,19 @@ import pytest
 from selfemo_jax.data.dialogues import MELD, load_corpus
 from selfemo_jax.data.meld import read_meld
 
-HEADER = ["Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID", "Season", "Episode", "StartTime", "EndTime"]
+HEADER = [
+    "Sr No.",
+    "Utterance",
+    "Speaker",
+    "Emotion",
+    "Sentiment",
+    "Dialogue_ID",
+    "Utterance_ID",
+    "Season",
+    "Episode",
+    "StartTime",
+    "EndTime",
+]
 ROWS = [
     ("The kettle is on.", "Ada", "neutral", 0, 0, "0:00:01,000"),
     ("You found it, how lovely!", "Bo", "joy", 0, 1, "0:00:03,000"),
@@ -81,8 +93,8 @@ def test_gaps_count_missing_first_utterances(tmp_path):
     rows = [("One.", "Ada", "joy", 0, 1, "0:00:01,000"), ("Three.", "Ada", "joy", 0, 4, "0:00:02,000")]
     infos = read_meld(folder(tmp_path, test=rows)).report.infos
     assert (
-        "meld/test_sent_emo.csv: 1 dialogues have gaps in Utterance_ID (3 utterances absent from the release)."
-        in infos
+        "meld/test_sent_emo.csv: 1 dialogues have gaps in Utterance_ID (3 utterances absent from the "
+        "release)." in infos
     )
 
 
