@@ -7,6 +7,7 @@ that `evaluate`, `predict`, a later phase and `tools/convert_hf.py` read.
 """
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.model.weights import PARAMS_NAME
 from selfemo_jax.train_step import TrainState
+
+# Orbax warns that a checkpoint written without OCDBT has no OCDBT files to merge.
+logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in str(record.msg))
 
 TOKENIZER_FILES = (
     "tokenizer.json",
