@@ -104,6 +104,8 @@ def _cached_compiles() -> Iterator[None]:
 
 def run(run_dir: Path, *words: str) -> int:
     """Train in this process; the exit status."""
+    # The devices of the session exist before a run asks for fewer.
+    assert len(jax.devices()) == 8
     with _cached_compiles():
         return train.main([f"--run_dir={run_dir}", *words])
 

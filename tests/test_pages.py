@@ -1,0 +1,104 @@
+"""`evaluate` and `predict` from the command line: what they write, and how they refuse."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from selfemo_jax import evaluate, predict
+from tests import micro
+
+DIALOGUES = [
+    {
+        "dialogue_id": "d1",
+        "turns": [{"speaker": "Ana", "text": "They cancelled it."}, {"speaker": "Ben", "text": "Oh no!"}],
+    },
+    {"dialogue_id": "d2", "turns": [{"speaker": "Cleo", "text": "I won!"}], "labels": ["Joy", "gloom"]},
+]
+KEYS = {"dialogue_id", "speaker", "label", "emotion", "responder", "self_emotion", "response", "valid"}
+
+
+@pytest.fixture(scope="module")
+def run_dir():
+    return micro.base_run()
+
+
+def written(lines) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def asked(capsys, run_dir, *words) -> tuple[int, list[dict], str]:
+    """Status, objects printed and messages of `predict`."""
+    capsys.readouterr()
+    code = predict.main([f"--checkpoint={run_dir}", *map(str, words)])
+    found = capsys.readouterr()
+    return code, [json.loads(line) for line in found.out.splitlines()], found.err
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/best"])
+def test_evaluate_repeats_the_scores_of_the_run(run_dir, tmp_path, inside):
+    words = ["--checkpoint", str(run_dir / inside), "--split", "dev", "--out", str(tmp_path)]
+    assert evaluate.main(words) == 0
+    found = json.loads((tmp_path / "dev.json").read_text())
+    expected = json.loads((run_dir / "eval" / "dev.json").read_text())
+    assert found["sets"] == expected["sets"]
+    assert micro.NOTE in found["note"]
+    answers = [(folder / "dev_predictions.jsonl").read_bytes() for folder in (tmp_path, run_dir / "eval")]
+    assert answers[0] == answers[1]
+
+
+def test_evaluate_refuses_what_is_not_there(run_dir, tmp_path, capsys):
+    assert evaluate.main(["--checkpoint", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert evaluate.main(["--checkpoint", str(tmp_path)]) == 2
+    assert "expected a run" in capsys.readouterr().err
+    assert evaluate.main(["--checkpoint", str(run_dir), "--split", "tset", "--out", str(tmp_path)]) == 2
+    assert "no split 'tset'" in capsys.readouterr().err
+
+
+def test_an_unknown_key_names_the_nearest(run_dir, capsys):
+    assert evaluate.main(["--checkpoint", str(run_dir), "--eval.max_item", "3"]) == 2
+    assert "eval.max_items" in capsys.readouterr().err
+    assert predict.main(["--checkpoint", str(run_dir), "--rollout.max_token=3"]) == 2
+    assert "rollout.max_tokens" in capsys.readouterr().err
+
+
+def test_predict_answers_a_file_and_stdin_alike(run_dir, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text(written(DIALOGUES))
+    code, from_file, messages = asked(capsys, run_dir, path)
+    assert code == 0 and micro.NOTE in messages
+    assert [line["dialogue_id"] for line in from_file] == ["d1", "d2"]
+    assert all(line.keys() >= KEYS for line in from_file)
+    assert [(line["speaker"], line["responder"]) for line in from_file] == [
+        ("Ben", "Ana"),
+        ("Cleo", "Listener"),
+    ]
+    assert set(from_file[1]["emotion"]) <= {"joy", "gloom"}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(written(DIALOGUES)))
+    assert asked(capsys, run_dir)[:2] == (0, from_file)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "not a JSON object"),
+        ("[1]", "expected {"),
+        ('{"turns": []}', "expected {"),
+        ('{"turns": [{"speaker": "A", "text": " "}]}', "turn 0"),
+        ('{"turns": [{"speaker": "A", "text": "x"}], "labels": ["joy"]}', "at least two"),
+        ('{"turns": [{"speaker": "A", "text": "x"}], "responder": "A"}', "is the last speaker"),
+    ],
+)
+def test_predict_says_which_line_is_wrong(run_dir, tmp_path, capsys, line, words):
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text(written(DIALOGUES[:1]) + line + "\n")
+    code, answers, messages = asked(capsys, run_dir, path)
+    assert (code, answers) == (2, [])
+    assert f"{path}:2: " in messages and words in messages
+
+
+def test_predict_refuses_a_missing_file(run_dir, tmp_path, capsys):
+    code, _, messages = asked(capsys, run_dir, tmp_path / "none.jsonl")
+    assert code == 2 and "none.jsonl" in messages
