@@ -175,10 +175,10 @@ class Run:
             )
         return self._steps[optim]
 
-    def refresh(self, params: Params) -> None:
-        """Give the engine the policy; its version is the number of global steps behind it."""
+    def refresh(self, params: Params, *, version: int | None = None) -> None:
+        """Give the engine the policy; its version is the number of global steps behind it, all by default."""
         with self.timer("refresh"):
-            self.engine.update_policy(params, version=self.global_step)
+            self.engine.update_policy(params, version=self.global_step if version is None else version)
 
     def seed(self, phase: Phase) -> int:
         """Seed of a phase's order of inputs."""
@@ -417,6 +417,9 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
     if command.resume == "latest" and not existing:
         raise ValueError(f"--resume: {config.run_dir} holds no run; name its folder by --run_dir")
     resume = bool(command.resume) and existing
+    folder = Path(config.run_dir or ".")
+    files = [folder / name for name in ("config.yaml", "env.json")] if resume else []
+    before = {path: path.read_bytes() for path in files if path.exists()}
     with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
         for notice in parts.notices:
             log.say(notice)
@@ -424,7 +427,13 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:
             if resume:
-                run.rewind()
+                try:
+                    run.rewind()
+                except ValueError:
+                    # A refused resume must not leave its settings to the next one.
+                    for path, content in before.items():
+                        atomic_write(path, content)
+                    raise
             yield run
         finally:
             signal.signal(signal.SIGTERM, previous)

@@ -128,7 +128,9 @@ def play(run: Run, phase: Phase) -> None:
     batches = run.play_batches(phase)
     total = len(batches)
     params, at = run.start_frozen(phase, total_steps=total)
-    run.refresh(params)
+    # Frozen: a resumed phase samples from the same version as one that was not interrupted.
+    version = run.global_step - at.step
+    run.refresh(params, version=version)
     stream = rollout_stream(
         run.engine, iter(batches[at.step :]), run.requests_of(phase), run.sampling,
         first=at.step + 1, last=total, ahead=0, max_lost=config.rollout.max_lost,
@@ -142,7 +144,7 @@ def play(run: Run, phase: Phase) -> None:
             )  # fmt: skip
             candidates = harvest(
                 scored, config, index, run.data.personas,
-                iteration=phase.iteration, policy_version=run.global_step,
+                iteration=phase.iteration, policy_version=version,
             )  # fmt: skip
         run.record(rollouts, scored)
         run.end_harvest(phase, step, candidates, scored.metrics)
