@@ -1,0 +1,121 @@
+"""A run that was stopped goes on to the last bit, and refuses to go on from what is not its own."""
+
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from selfemo_jax.checkpoint import StateStore
+from selfemo_jax.config import Loss, Optim
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Compute
+from selfemo_jax.model.sharding import make_mesh
+from selfemo_jax.train_step import born_sharded, make_steps
+from tests import micro
+
+JUNK = b'{"step": 99, "phase": "rl_1", "loss": 0.5}\n{"step": 100, "pha'
+
+
+def place(run_dir, phase: str, index: int) -> int:
+    """Global step of a phase's first (0) or last (-1) step."""
+    return [line["step"] for line in micro.metrics(run_dir) if line["phase"] == phase][index]
+
+
+@pytest.fixture(scope="module")
+def full():
+    return micro.full_run()
+
+
+@pytest.fixture(scope="module")
+def stopped(full, tmp_path_factory):
+    """A run stopped once in each kind of phase; `inside_rl` is a copy of it as the stop in rl_1 left it."""
+    folder, inside_rl = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("copy") / "run"
+    stops = [place(full, "cold", 0), place(full, "rl_1", -1), place(full, "harvest_1", 0)]
+    codes = []
+    # A start with auto where there is nothing to resume.
+    with micro.stopped_at(stops[0]):
+        codes.append(micro.run(folder, "--resume", "auto", *micro.settings()))
+    with micro.stopped_at(stops[1]):
+        codes.append(micro.run(folder, "--resume"))
+    shutil.copytree(folder, inside_rl)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(JUNK)
+    (folder / "rollouts" / "step_000099.jsonl").write_text("{}\n")
+    for stop in (stops[2], place(full, "rl_final", 0)):
+        with micro.stopped_at(stop):
+            codes.append(micro.run(folder, "--resume", "auto"))
+    codes.append(micro.run(folder, "--resume"))
+    return SimpleNamespace(folder=folder, inside_rl=inside_rl, codes=codes)
+
+
+def test_a_stop_in_any_kind_of_phase_is_status_75(stopped):
+    assert stopped.codes == [75, 75, 75, 75, 0]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(full, stopped):
+    micro.assert_same_runs(full, stopped.folder)
+
+
+def test_what_lies_beyond_the_checkpoint_is_set_aside(stopped):
+    moved = list((stopped.folder / "orphaned").rglob("metrics.jsonl"))
+    assert [path.read_bytes() for path in moved] == [JUNK]
+    assert [path.name for path in (stopped.folder / "orphaned").rglob("step_*")] == ["step_000099.jsonl"]
+
+
+def test_a_finished_run_cannot_be_resumed(full, capsys):
+    assert micro.run(full, "--resume") == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_resume_without_a_run_is_an_error(tmp_path, capsys):
+    assert micro.run(tmp_path / "none", "--resume", *micro.settings()) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("change", ["--data.shuffle_gold=true", "--data.max_items=90"])
+def test_other_data_is_an_error(stopped, change, capsys):
+    names = ("metrics.jsonl", "config.yaml", "env.json")
+    before = [(stopped.inside_rl / name).read_bytes() for name in names]
+    assert micro.run(stopped.inside_rl, "--resume", change) == 2
+    assert "not those that" in capsys.readouterr().err
+    assert [(stopped.inside_rl / name).read_bytes() for name in names] == before
+
+
+def test_a_log_that_lost_lines_is_an_error(stopped, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped.inside_rl, folder)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert micro.run(folder, "--resume") == 2
+    assert "lost content" in capsys.readouterr().err
+
+
+def test_a_state_of_eight_devices_is_read_on_fewer(tmp_path):
+    shape = micro.SHAPE | {"num_kv_heads": 1}
+    model = ModelConfig(
+        architecture="qwen3", vocab_size=256, rope_theta=1e4, tie_embeddings=True, max_positions=256, **shape
+    )  # fmt: skip
+
+    def state_on(devices: int, seed: int):
+        mesh = make_mesh({"data": 1, "fsdp": devices, "tp": 1}, jax.devices())
+        steps = make_steps(
+            model, Compute(dtype="float32"), mesh,
+            optim=Optim(), loss=Loss(), temperature=1.0, logits_budget_mib=64,
+        )  # fmt: skip
+        return steps.init_state(born_sharded(model, mesh, seed=seed, dtype="float32"))
+
+    saved = state_on(8, seed=3)
+    expected = jax.tree.map(np.asarray, saved)
+    store = StateStore(tmp_path / "states", keep=1, asynchronous=True)
+    store.save(5, saved, {"position": 5})
+    store.wait()
+    for devices in (1, 2, 4):
+        like = state_on(devices, seed=4)
+        restored = store.restore(5, like)
+        for leaf, other, wanted in zip(*map(jax.tree.leaves, (restored, expected, like)), strict=True):
+            assert np.asarray(leaf).tobytes() == other.tobytes()
+            assert leaf.sharding == wanted.sharding
+    store.close()
