@@ -29,7 +29,7 @@ def test_a_replay_of_every_phase_is_equal_to_the_last_bit(tmp_path):
     micro.assert_same_runs(full, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", ["8", "fsdp=4,tp=2"])
+@pytest.mark.parametrize("mesh", ["8", pytest.param("fsdp=4,tp=2", marks=pytest.mark.slow)])
 def test_a_replay_on_another_mesh_has_the_same_losses(recorded, tmp_path, mesh):
     assert micro.run(tmp_path, *settings(rollout__replay=recorded, mesh=mesh)) == 0
     first, second = losses(recorded), losses(tmp_path)

@@ -1,0 +1,98 @@
+"""Every `python` command in the README's code blocks is one that the program accepts."""
+
+import io
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from selfemo_jax import evaluate, predict, train
+from tests import micro
+from tools import convert_hf
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+MODULES = {"selfemo_jax.train": train, "selfemo_jax.evaluate": evaluate, "selfemo_jax.predict": predict}
+
+
+def commands() -> list[str]:
+    """Commands of the bash blocks, one a pipe or chain segment, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def of_program(name: str) -> list[str]:
+    """Commands that start the program, without what stands before them in the line."""
+    found = [line[line.index(name) :] for line in commands() if name in line]
+    assert found, f"the README shows no {name}"
+    return [text.split("&&")[0].split("|  ")[0].strip() for text in found]
+
+
+def refuses_nothing_it_shows(page, words: list[str], capsys) -> None:
+    """--help knows every flag among the words."""
+    with pytest.raises(SystemExit) as stop:
+        page.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in words:
+        if word.startswith("--") and word != "--a.b":
+            assert word.split("=")[0] in text, f"{word} is in the README and not in --help"
+
+
+def test_every_python_command_is_covered():
+    known = (*MODULES, "tools/convert_hf.py", "pytest", "venv")
+    for line in commands():
+        for found in re.findall(r"python3? (?:-m )?(\S+)", line):
+            assert found in known, f"{found}: no test runs {line!r}"
+
+
+def test_the_flags_shown_for_training_exist(capsys):
+    words = [word.strip("[]") for line in of_program("selfemo_jax.train") for word in line.split()[1:]]
+    refuses_nothing_it_shows(train, words, capsys)
+
+
+def test_the_commands_for_training_plan_a_run(tmp_path, capsys):
+    # Usage with its brackets is covered by the flags; what stands alone runs as it is, less the training.
+    plain = [line for line in of_program("selfemo_jax.train") if "[" not in line]
+    assert plain
+    for line in plain:
+        words = shlex.split(line)[1:]
+        assert train.main([*words, "--dry_run", f"--run_dir={tmp_path / 'run'}"]) == 0
+        assert "harvest_1" in capsys.readouterr().out
+
+
+def test_evaluate_as_shown(tmp_path):
+    for line in of_program("selfemo_jax.evaluate"):
+        words = [str(micro.base_run()) if word == "runs/tiny" else word for word in shlex.split(line)[1:]]
+        assert evaluate.main([*words, f"--out={tmp_path}"]) == 0
+        assert (tmp_path / "test.json").is_file()
+
+
+def test_predict_as_shown(capsys, monkeypatch):
+    (line,) = (line for line in commands() if "selfemo_jax.predict" in line)
+    said, command = (shlex.split(part) for part in line.split(" | "))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said[1]))
+    start = command.index("selfemo_jax.predict") + 1
+    words = [str(micro.base_run()) if word == "runs/tiny" else word for word in command[start:]]
+    capsys.readouterr()
+    assert predict.main(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["dialogue_id"], answer["speaker"]) == ("d1", "Ben")
+
+
+def test_conversions_as_shown(tmp_path, capsys):
+    shown = [shlex.split(line)[1:] for line in of_program("tools/convert_hf.py")]
+    assert {words[0] for words in shown} >= {"to-flax", "to-hf", "verify"}
+    ours, hf, back = micro.base_policy(), tmp_path / "hf", tmp_path / "back"
+    places = {"to-hf": (ours, hf), "to-flax": (hf, back), "verify": (hf, back)}
+    for words in sorted(shown, key=lambda words: [*places, "from-gguf"].index(words[0])):
+        assert len(words) == 3
+        if words[0] == "from-gguf":
+            with pytest.raises(SystemExit) as stop:
+                convert_hf.main(["from-gguf", "--help"])
+            assert stop.value.code == 0
+            continue
+        assert convert_hf.main([words[0], *map(str, places[words[0]])]) == 0
+    micro.assert_same_weights(ours, back)
