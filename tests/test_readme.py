@@ -18,7 +18,7 @@ MODULES = {"selfemo_jax.train": train, "selfemo_jax.evaluate": evaluate, "selfem
 
 
 def commands() -> list[str]:
-    """Commands of the bash blocks, one a pipe or chain segment, in order."""
+    """Command lines of the bash blocks, in order."""
     blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
@@ -27,7 +27,7 @@ def of_program(name: str) -> list[str]:
     """Commands that start the program, without what stands before them in the line."""
     found = [line[line.index(name) :] for line in commands() if name in line]
     assert found, f"the README shows no {name}"
-    return [text.split("&&")[0].split("|  ")[0].strip() for text in found]
+    return [text.split("&&")[0].strip() for text in found]
 
 
 def refuses_nothing_it_shows(page, words: list[str], capsys) -> None:
