@@ -105,15 +105,13 @@ def save_weights(
     leaf = jax.tree.leaves(params)[0]
     (part / "config.json").write_text(json.dumps(config | {key: str(leaf.dtype)}, indent=1) + "\n")
     (part / "certificate.json").write_text(json.dumps({"format": 1} | certificate, indent=1) + "\n")
+    # A process killed between the renames leaves the old folder behind.
+    old = folder.parent / f".{folder.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.parent / f".{folder.name}.old"
-        if old.exists():
-            shutil.rmtree(old)
         folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old)
-    else:
-        part.rename(folder)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
