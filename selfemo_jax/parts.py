@@ -85,7 +85,7 @@ def build_parts(config: Config) -> Parts:
         tokenizer_folder=tokenizer,
         model=model,
         compute=compute,
-        note="; ".join(notes),
+        note="; ".join(dict.fromkeys(notes)),
         notices=(devices, described),
     )
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selfemo_jax.data.inputs import Sample
 
 from selfemo_jax.data.codec import load_codec
 from selfemo_jax.data.grammar import parse
+from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import (
     build_prompt,
     completion_ids,
