@@ -158,6 +158,9 @@ def make_steps(
 
     def rl_objective(params, batch, *, on_policy: bool):
         logprobs, entropy = batch_logprobs(params, batch, temperature)
+        if loss.entropy_coef == 0:
+            # The metric needs no gradient, and a product with 0 would still compute one over the vocabulary.
+            entropy = jax.lax.stop_gradient(entropy)
         # With one update per batch the policy that sampled is the policy that is updated: the ratio is 1.
         old_logprobs = jax.lax.stop_gradient(logprobs) if on_policy else batch["old_logprobs"]
         total, sums = policy_loss(
