@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             splits=[command.extra["split"]], note=parts.note, folder=folder, say=print,
         )  # fmt: skip
         engine.close()
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

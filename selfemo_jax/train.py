@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 75
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, NonFiniteError) else 2
     return 0
 
 
