@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from selfemo_jax.config import Bounds, Config, num_devices, parse_mesh
+from selfemo_jax.config import Config, num_devices, parse_mesh
+from selfemo_jax.settings.numbers import Bounds
 
 __all__ = ["parse_keep", "parse_steps", "validate"]
 

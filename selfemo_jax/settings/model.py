@@ -1,0 +1,86 @@
+"""Settings of the policy, its optimizer and its rows."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selfemo_jax.settings.numbers import Count, Decay, DType, NotNegative, Positive, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The decoder that is made when no checkpoint is named; the vocabulary comes from the tokenizer."""
+
+    num_layers: Count = 4
+    """Decoder blocks."""
+    embed_dim: Count = 128
+    """D, width of the residual stream."""
+    mlp_dim: Count = 384
+    """F, width inside the gated MLP."""
+    num_heads: Count = 4
+    """N, query heads; a multiple of num_kv_heads."""
+    num_kv_heads: Count = 2
+    """K, key-value heads."""
+    head_dim: Count = 32
+    """H, size of a head; even."""
+    rope_theta: Positive = 1e4
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """Use the embedding table as the output head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which policy, and in which numbers it computes."""
+
+    path: str | None = None
+    """Hugging Face folder or converted folder; null: random weights of `shape`."""
+    tokenizer: str | None = None
+    """Tokenizer folder; null: the model folder's own, else the bundled one."""
+    shape: Shape = field(default_factory=Shape)
+    """Sizes of a random policy; unused when `path` is set."""
+    thinking: bool = False
+    """Let the policy reason before its answer, as Qwen3 does by default."""
+    param_dtype: DType = "float32"
+    """Type of the master weights and moments."""
+    compute_dtype: DType = "float32"
+    """Type of activations and matrix products; softmax and log-probs are float32 whatever this says."""
+    logits_float32: bool = True
+    """Accumulate the output head's product in float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    attention: Literal["auto", "dense", "blocked"] = "auto"
+    """Attention backend; auto takes blocked for long rows."""
+    logits_budget_mib: Count = 256
+    """MiB of logits one device may hold at once; above it the head runs in chunks that are recomputed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW (arXiv:1711.05101)."""
+
+    lr: NotNegative = 1e-6
+    """Peak learning rate."""
+    b1: Decay = 0.9
+    """Decay of the first moment."""
+    b2: Decay = 0.999
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled decay, of every parameter."""
+    clip_norm: Positive = 1.0
+    """Global norm at which gradients are clipped."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: hold, or decay to zero at the phase's end."""
+    warmup: Share = 0.0
+    """Share of the phase's steps that rises linearly from zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The rows of a training micro-batch."""
+
+    row_tokens: Count = 1024
+    """T, length of a row."""
+    micro_rows: Count = 8
+    """B, rows of a micro-batch over the whole mesh; a multiple of the data axes."""

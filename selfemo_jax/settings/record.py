@@ -1,0 +1,44 @@
+"""Settings of scoring, checkpoints and logs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selfemo_jax.settings.numbers import Count, Natural
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Greedy scoring during and after training."""
+
+    every: Natural = 10
+    """Steps between dev scores; 0: only at the end of a phase."""
+    max_items: Count = 500
+    """Dev inputs per score during training, fixed by the seed."""
+    persona: Literal["none", "given"] = "none"
+    """Leave the persona out at evaluation, or give it where the data has one."""
+    batch_rows: Count = 128
+    """Prompts decoded at once."""
+    final_splits: list[str] = field(default_factory=lambda: ["dev", "test"])
+    """Splits scored whole when training ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """States written for resuming."""
+
+    every: Count = 50
+    """Steps between states."""
+    keep: Count = 2
+    """Newest states kept; the best by dev score is kept apart."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where metrics go beside metrics.jsonl."""
+
+    sinks: list[str] = field(default_factory=list)
+    """Any of tensorboard, wandb, mlflow."""
+    profile_steps: str | None = None
+    """Global steps recorded by the JAX profiler, as FIRST or FIRST-LAST."""
