@@ -1,9 +1,50 @@
 """Settings of sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from selfemo_jax.settings.numbers import Count, Natural, Positive, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The vLLM processes that sample when `rollout.engine` is vllm."""
+
+    environment: str = ".venv-vllm"
+    """Their virtual environment, made by `python tools/vllm_sidecar.py setup`, or its Python; the variable
+    SELFEMO_VLLM_PYTHON overrides it."""
+    attach: list[str] = field(default_factory=list)
+    """URLs of servers that someone else runs, their key in SELFEMO_SIDECAR_KEY; empty: start our own."""
+    replicas: Count = 1
+    """Servers, each with the whole policy; they share the prompts of a step, groups kept whole."""
+    tensor_parallel: Count = 1
+    """Devices over which each server splits the policy."""
+    devices: list[int] = field(default_factory=list)
+    """GPUs of the servers, replicas x tensor_parallel of them, as in [4, 5, 6, 7]; empty: the first ones."""
+    memory_share: Share = 0.85
+    """Share of each GPU's memory that a server takes; lower it where the trainer uses the same GPU."""
+    cpu_cache_gb: Count = 1
+    """Key-value cache of a server on the CPU, GiB."""
+    cpu_threads: Count = 1
+    """Threads of a server on the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the served policy; auto is bfloat16 on GPUs and float32 on the CPU, where bfloat16 is slow."""
+    transport: Literal["orbax", "safetensors"] = "orbax"
+    """How new weights reach the servers: the published Orbax arrays, or a Hugging Face folder."""
+    weights_root: str | None = None
+    """Folder of the published versions, on disk or below /dev/shm; null: weights/ in the run folder."""
+    keep_versions: Count = 3
+    """Published versions kept, the current one included; 2 or more allow a rollback."""
+    start_timeout: Positive = 600.0
+    """Seconds until a started server must answer."""
+    request_timeout: Positive = 600.0
+    """Seconds until a request for rollouts must be answered."""
+    refresh_timeout: Positive = 300.0
+    """Seconds for each part of a refresh: stage, pause, apply."""
+    max_restarts: Natural = 3
+    """Restarts in a row, without a healthy spell between them, before the run stops."""
+    on_unproven: Literal["stop", "rollback"] = "stop"
+    """What follows a refresh that is not proven: stop the run, or serve the last proven version again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +71,4 @@ class Rollout:
     """Rollout files kept: all, last N or every N."""
     max_lost: Share = 0.05
     """Share of a step's groups that may be lost before the run stops."""
+    sidecar: Sidecar = field(default_factory=Sidecar)
