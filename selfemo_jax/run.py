@@ -5,7 +5,6 @@ checkpoints, stops. Make it with `open_run`; it is closed at the end of its ``wi
 """
 
 import functools
-import hashlib
 import json
 import signal
 import time
@@ -17,29 +16,36 @@ from typing import Any, TypeVar
 
 from selfemo_jax import phases as plans
 from selfemo_jax import run_inputs
-from selfemo_jax.appendlog import AppendLog, atomic_write
-from selfemo_jax.checkpoint import StateStore, save_weights
+from selfemo_jax.appendlog import AppendLog
+from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config, Optim
 from selfemo_jax.config_io import Command
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
-from selfemo_jax.evaluate import evaluate_splits
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.parts import Parts, base_weights, build_parts, make_engine, weights_of
+from selfemo_jax.parts import Parts, build_parts, make_engine, weights_of
 from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
-from selfemo_jax.rollout.records import prune, save_groups, save_texts, set_aside
+from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
+from selfemo_jax.run_resume import (
+    check_same_data,
+    newest_point,
+    resumes,
+    settings_of,
+    settings_restored_on_error,
+    take_back,
+)
+from selfemo_jax.run_scores import dev_metrics, score_whole_splits
+from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
-from selfemo_jax.scores import greedy_answers, mean_wf1, score
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.train_step import Steps, TrainState, make_steps
 
 Item = TypeVar("Item")
-_EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 
 class Stopped(Exception):
@@ -94,33 +100,14 @@ class Run:
     def rewind(self) -> None:
         """Take everything back to the newest complete step: logs are cut to what it recorded, later records
         set aside. ValueError where a log lost content, the data changed, or there is nothing left to do."""
-        first = plans.first_open(self.dir, self.plan)
-        if first == len(self.plan) and self._final_file().exists():
-            raise ValueError(f"--resume: {self.dir} is finished; its scores are in {self._final_file()}")
-        point: dict[str, Any] | None = None
-        for step in reversed(self._store.steps()):
-            meta = self._store.meta(step)
-            if meta["position"]["phase"] == first:
-                point, self._resumed = meta, (step, meta)
-                break
-        if point is None and first > 0:
-            point = plans.record_of(self.dir, self.plan[first - 1])
+        point, self._resumed = newest_point(self.dir, self.plan, self._store)
         if point is None:
             start = Position(phase=0, step=0, global_step=0)
             point = self._meta(start, None) | {"logs": {}, "best": None}
-        if point["fingerprint"] != self.data.fingerprint:
-            raise ValueError(
-                f"--resume: the labelled inputs are not those that {self.dir} was trained on (SHA-256 "
-                f"{self.data.fingerprint[:12]}..., recorded {point['fingerprint'][:12]}...); give it the "
-                "same data.root and files, or start a new run"
-            )
+        check_same_data(point, self.data.fingerprint, self.dir)
         self.global_step, self._best = point["position"]["global_step"], point["best"]
-        for name, log in self._logs().items():
-            length, digest = point["logs"].get(name, (0, _EMPTY_SHA256))
-            if beyond := log.truncate_to(length, digest, self.log.orphan_dir):
-                self.log.say(f"{name}: {beyond} bytes after the checkpoint moved to {self.log.orphan_dir}")
-        if moved := set_aside(self.dir, after=self.global_step, into=self.log.orphan_dir):
-            self.log.say(f"rollouts of {moved} steps after the checkpoint moved to {self.log.orphan_dir}")
+        take_back(self.dir, point, self._logs(), into=self.log.orphan_dir, say=self.log.say)
+        first = plans.first_open(self.dir, self.plan)
         where = self.plan[first].name if first < len(self.plan) else "the final scores"
         self.log.say(f"resuming at {where}, step {point['position']['step']}, global step {self.global_step}")
 
@@ -156,10 +143,7 @@ class Run:
 
     def weights(self, name: str) -> Params:
         """The weights that a finished phase left, or the base policy's."""
-        if name == plans.BASE:
-            return base_weights(self.parts)
-        phase = next(phase for phase in self.plan if phase.name == name)
-        return weights_of(self.parts, plans.phase_dir(self.dir, phase) / "weights")
+        return weights_named(name, self.parts, self.plan, self.dir)
 
     def steps(self, optim: Optim) -> Steps:
         """Compiled functions for an optimizer's settings, made once in a process."""
@@ -278,7 +262,7 @@ class Run:
     def finish(self, phase: Phase, state: TrainState | None) -> None:
         """Leave the phase's folder behind: weights, record, and the marker last."""
         if state is not None:
-            self._save_weights(plans.phase_dir(self.dir, phase) / "weights", state.params, phase)
+            self._save_weights(weights_folder(self.dir, phase), state.params, phase)
         for log in self._logs().values():
             log.flush()
         position = Position(phase=phase.index + 1, step=0, global_step=self.global_step)
@@ -290,7 +274,7 @@ class Run:
 
     def final_scores(self) -> None:
         """Score the best policy of the last phase on whole splits, and print what it is worth."""
-        last = plans.phase_dir(self.dir, self.plan[-1]) / "weights"
+        last = weights_folder(self.dir, self.plan[-1])
         self._score_final(weights_of(self.parts, self._best_dir if self._best else last), notice="")
 
     def _end(
@@ -341,16 +325,8 @@ class Run:
         if not self._dev:
             return {}
         with self.timer("eval"):
-            predictions = list(greedy_answers(self.engine, self._dev, self.codec, self.config))
-        results = score(predictions, self.data.label_sets, self.data.majority)
-        value = mean_wf1(results)
-        metrics = {"dev/wf1": value}
-        for name, result in results.items():
-            metrics[f"dev/{name}/wf1"] = result["weighted_f1"]
-            metrics[f"dev/{name}/accuracy"] = result["accuracy"]
-            metrics[f"dev/{name}/macro_f1"] = result["macro_f1"]
-            metrics[f"dev/{name}/r1"] = result["r1"]
-            metrics[f"dev/{name}/invalid"] = result["invalid_rate"]
+            metrics = dev_metrics(self.engine, self._dev, self.parts, self.data)
+        value = metrics["dev/wf1"]
         if phase == self.plan[-1] and (self._best is None or value > self._best["dev/wf1"]):
             self._best = {"dev/wf1": value, "global_step": self.global_step, "phase": phase.name}
             self._save_weights(self._best_dir, params, phase)
@@ -358,33 +334,16 @@ class Run:
 
     def _score_final(self, params: Params, *, notice: str) -> None:
         self.refresh(params)
-        config = self.config
-        note = "; ".join(words for words in (self.parts.note, notice) if words)
+        summary = {"global_step": self.global_step, "best": self._best}
         with self.timer("eval"):
-            results = evaluate_splits(
-                self.engine, self.codec, config, self.data, splits=config.eval.final_splits, note=note,
-                folder=self.dir / "eval", say=self.log.say,
+            score_whole_splits(
+                self.engine, self.parts, self.data,
+                run_dir=self.dir, notice=notice, summary=summary, say=self.log.say,
             )  # fmt: skip
-        if not notice:
-            summary = {"global_step": self.global_step, "best": self._best, "note": note, "splits": results}
-            atomic_write(self._final_file(), json.dumps(summary, indent=1) + "\n")
-
-    def _final_file(self) -> Path:
-        return self.dir / "eval" / "final.json"
 
     def _save_weights(self, folder: Path, params: Params, phase: Phase) -> None:
         with self.timer("save"):
-            certificate = {
-                "source": {"kind": "trained", "phase": phase.name, "global_step": self.global_step},
-                **({"note": self.parts.note} if self.parts.note else {}),
-            }
-            save_weights(
-                folder,
-                params,
-                self.parts.model,
-                tokenizer=self.parts.tokenizer_folder,
-                certificate=certificate,
-            )
+            save_policy(folder, params, self.parts, phase=phase, global_step=self.global_step)
 
     def _logs(self) -> dict[str, AppendLog]:
         assert self.log.metrics is not None
@@ -413,13 +372,8 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
     boundary."""
     parts = build_parts(config)
     data = load_data(config)
-    existing = config.run_dir is not None and (Path(config.run_dir) / "metrics.jsonl").exists()
-    if command.resume == "latest" and not existing:
-        raise ValueError(f"--resume: {config.run_dir} holds no run; name its folder by --run_dir")
-    resume = bool(command.resume) and existing
-    folder = Path(config.run_dir or ".")
-    files = [folder / name for name in ("config.yaml", "env.json")] if resume else []
-    before = {path: path.read_bytes() for path in files if path.exists()}
+    resume = resumes(config.run_dir, command.resume)
+    kept = settings_of(config.run_dir, resume=resume)
     with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
         for notice in parts.notices:
             log.say(notice)
@@ -427,13 +381,8 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:
             if resume:
-                try:
+                with settings_restored_on_error(kept):
                     run.rewind()
-                except ValueError:
-                    # A refused resume must not leave its settings to the next one.
-                    for path, content in before.items():
-                        atomic_write(path, content)
-                    raise
             yield run
         finally:
             signal.signal(signal.SIGTERM, previous)

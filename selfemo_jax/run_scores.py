@@ -1,0 +1,59 @@
+"""Scores of a run: its policy on the dev subset while it trains, and on whole splits at the end."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.evaluate import evaluate_splits
+from selfemo_jax.parts import Parts
+from selfemo_jax.rollout.engine import Engine
+from selfemo_jax.run_data import RunData
+from selfemo_jax.scores import greedy_answers, mean_wf1, score
+
+
+def final_file(run_dir: Path) -> Path:
+    """The file whose presence says that a run is scored."""
+    return run_dir / "eval" / "final.json"
+
+
+def dev_metrics(engine: Engine, dev: Sequence[Sample], parts: Parts, data: RunData) -> dict[str, float]:
+    """``dev/...`` metrics of the engine's policy: ``dev/wf1`` is the mean over data sets."""
+    predictions = list(greedy_answers(engine, dev, parts.codec, parts.config))
+    results = score(predictions, data.label_sets, data.majority)
+    metrics = {"dev/wf1": mean_wf1(results)}
+    for name, result in results.items():
+        metrics[f"dev/{name}/wf1"] = result["weighted_f1"]
+        metrics[f"dev/{name}/accuracy"] = result["accuracy"]
+        metrics[f"dev/{name}/macro_f1"] = result["macro_f1"]
+        metrics[f"dev/{name}/r1"] = result["r1"]
+        metrics[f"dev/{name}/invalid"] = result["invalid_rate"]
+    return metrics
+
+
+def score_whole_splits(
+    engine: Engine,
+    parts: Parts,
+    data: RunData,
+    *,
+    run_dir: Path,
+    notice: str,
+    summary: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Score the engine's policy on `eval.final_splits` and print the tables.
+
+    ``final.json`` (``summary``, the note and the scores) is written only without a ``notice``, which says why
+    these scores are not the run's last.
+    """
+    config = parts.config
+    note = "; ".join(words for words in (parts.note, notice) if words)
+    results = evaluate_splits(
+        engine, parts.codec, config, data, splits=config.eval.final_splits, note=note,
+        folder=run_dir / "eval", say=say,
+    )  # fmt: skip
+    if not notice:
+        content = {**summary, "note": note, "splits": results}
+        atomic_write(final_file(run_dir), json.dumps(content, indent=1) + "\n")
