@@ -6,9 +6,11 @@ prefix segment, up to itself.
 
 - ``separate``: one sequence in a row.
 - ``packed``: several sequences in a row, one segment each.
-- ``shared_prefix``: the sequences of a group share their prompt, written once as a prefix segment without its
-  last token; each completion is a segment that begins with a copy of that last token, so that each target has
-  exactly one position.
+- ``shared_prefix``: what the prompts of a group have in common is written once, as a prefix segment (the
+  trunk); each sequence is a segment that branches off behind the last token it shares, and begins at the
+  latest with a copy of its prompt's last token, so that each target has exactly one position. Prompts that
+  grow with a dialogue leave the trunk at different places: a branch is written right behind its place, and
+  sees no more of the trunk than what stands before it.
 
 Shape letters: B rows, T tokens of a row.
 """
@@ -33,11 +35,12 @@ class TrainSequence:
     """
 
     group: int
-    """Sequences of one group have the same prompt."""
+    """Sequences of one group have the same prompt, or prompts that begin alike."""
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    token_weight: float
-    """Weight of each of its targets in the whole mini-batch (`algo.losses.token_weights`)."""
+    token_weight: float | tuple[float, ...]
+    """Weight of its targets in the whole mini-batch (`algo.losses.token_weights`), of each alike or one by
+    one."""
     advantage: float = 0.0
     rollout_logprobs: tuple[float, ...] | None = None
     """The sampler's log-probability of each completion token; None where nothing was sampled."""
@@ -92,6 +95,8 @@ class _Unit:
 
     members: tuple[int, ...]
     length: int
+    shared: tuple[int, ...] = ()
+    """Tokens that each member takes from the trunk, never fewer than the member before it."""
 
 
 def pack(sequences: Sequence[TrainSequence], *, layout: Layout, row_tokens: int, micro_rows: int) -> Packed:
@@ -173,22 +178,35 @@ def _units(sequences: Sequence[TrainSequence], layout: Layout, row_tokens: int) 
     groups: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
         groups.setdefault(sequence.group, []).append(index)
-    units = []
-    for members in groups.values():
-        prompt = sequences[members[0]].prompt_ids
-        assert all(sequences[index].prompt_ids == prompt for index in members), "a group has one prompt"
-        part: list[int] = []
-        length = len(prompt) - 1
-        for index in members:
-            added = len(sequences[index].completion_ids)
-            if part and length + added > row_tokens:
-                # A group longer than a row is cut into parts, each with its own copy of the prompt.
-                units.append(_Unit(members=tuple(part), length=length))
-                part, length = [], len(prompt) - 1
-            part.append(index)
-            length += added
-        units.append(_Unit(members=tuple(part), length=length))
-    return units
+    return [unit for members in groups.values() for unit in _branches(sequences, members, row_tokens)]
+
+
+def _branches(sequences: Sequence[TrainSequence], members: Sequence[int], row_tokens: int) -> Iterator[_Unit]:
+    """A group as one unit, or, where that is longer than a row, as parts with a copy of the trunk each."""
+    longest = max(members, key=lambda index: len(sequences[index].prompt_ids))
+    trunk = sequences[longest].prompt_ids
+    shared = {index: _num_shared(sequences[index].prompt_ids, trunk) for index in members}
+    # The longest prompt is the trunk's source and alone has all of it: it branches where the others have.
+    others = [shared[index] for index in members if index != longest]
+    shared[longest] = min(shared[longest], max(others, default=shared[longest]))
+    part: list[int] = []
+    length = 0
+    for index in sorted(members, key=lambda index: shared[index]):
+        sequence = sequences[index]
+        added = len(sequence.prompt_ids) - 1 + len(sequence.completion_ids) - shared[index]
+        grown = length + shared[index] - (shared[part[-1]] if part else 0) + added
+        if part and grown > row_tokens:
+            yield _Unit(members=tuple(part), length=length, shared=tuple(shared[i] for i in part))
+            part, grown = [], shared[index] + added
+        part.append(index)
+        length = grown
+    yield _Unit(members=tuple(part), length=length, shared=tuple(shared[i] for i in part))
+
+
+def _num_shared(prompt: Sequence[int], trunk: Sequence[int]) -> int:
+    """Leading tokens that a prompt takes from the trunk: never its last, whose position has a target."""
+    most = min(len(prompt) - 1, len(trunk))
+    return next((i for i in range(most) if prompt[i] != trunk[i]), most)
 
 
 def _empty(num_rows: int, row_tokens: int) -> dict[str, np.ndarray]:
@@ -226,21 +244,21 @@ def _write_plain(arrays, places, sequences, unit, row, cursor, segment):
 
 
 def _write_group(arrays, places, sequences, unit, row, cursor, segment):
-    prompt = sequences[unit.members[0]].prompt_ids
-    num_prefix = len(prompt) - 1
-    prefix = segment if num_prefix else NO_PREFIX
-    columns = slice(cursor, cursor + num_prefix)
-    arrays["tokens"][row, columns] = prompt[:-1]
-    arrays["positions"][row, columns] = np.arange(num_prefix)
-    arrays["segment_ids"][row, columns] = segment
-    cursor, segment = cursor + num_prefix, segment + 1
-    for index in unit.members:
-        completion = sequences[index].completion_ids
-        columns = slice(cursor, cursor + len(completion))
-        arrays["tokens"][row, columns] = (prompt[-1], *completion[:-1])
-        arrays["positions"][row, columns] = num_prefix + np.arange(len(completion))
-        arrays["segment_ids"][row, columns] = segment
-        arrays["prefix_ids"][row, columns] = prefix
-        _write_targets(arrays, places, sequences, index, row, cursor)
-        cursor, segment = cursor + len(completion), segment + 1
-    return cursor, segment
+    trunk, branch = segment, segment + 1
+    written = 0
+    for index, num_shared in zip(unit.members, unit.shared, strict=True):
+        prompt, completion = sequences[index].prompt_ids, sequences[index].completion_ids
+        columns = slice(cursor, cursor + num_shared - written)
+        arrays["tokens"][row, columns] = prompt[written:num_shared]
+        arrays["positions"][row, columns] = np.arange(written, num_shared)
+        arrays["segment_ids"][row, columns] = trunk
+        cursor, written = columns.stop, num_shared
+        tokens = (*prompt[num_shared:], *completion[:-1])
+        columns = slice(cursor, cursor + len(tokens))
+        arrays["tokens"][row, columns] = tokens
+        arrays["positions"][row, columns] = num_shared + np.arange(len(tokens))
+        arrays["segment_ids"][row, columns] = branch
+        arrays["prefix_ids"][row, columns] = trunk if num_shared else NO_PREFIX
+        _write_targets(arrays, places, sequences, index, row, cursor + len(prompt) - num_shared - 1)
+        cursor, branch = columns.stop, branch + 1
+    return cursor, branch

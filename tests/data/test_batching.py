@@ -252,3 +252,52 @@ def test_shared_prefixes_never_need_more_positions_than_packed_rows(data):
         for layout in ("shared_prefix", "packed", "separate")
     ]
     assert used[0] <= used[1] == used[2]
+
+
+def test_growing_prompts_branch_off_one_trunk_by_hand():
+    # A dialogue 1 2 | 3 | 4, asked after each line: by 9 8, 9 8, 7 8.
+    items = (
+        sequence(0, (1, 2, 3, 9, 8), (21,)),
+        sequence(0, (1, 2, 3, 4, 7, 8), (31,), weight=0.5),
+        sequence(0, (1, 2, 9, 8), (11, 12), weight=(0.25, 0.75)),
+    )
+    packed = pack(items, layout="shared_prefix", row_tokens=12, micro_rows=1)
+    expected = {
+        "tokens": [[1, 2, 9, 8, 11, 3, 9, 8, 4, 7, 8, 0]],
+        "targets": [[0, 0, 0, 11, 12, 0, 0, 21, 0, 0, 31, 0]],
+        "positions": [[0, 1, 2, 3, 4, 2, 3, 4, 3, 4, 5, 0]],
+        "segment_ids": [[1, 1, 2, 2, 2, 1, 3, 3, 4, 4, 4, 0]],
+        "prefix_ids": [[-1, -1, 1, 1, 1, -1, 1, 1, 1, 1, 1, -1]],
+        "token_weights": [[0, 0, 0, 0.25, 0.75, 0, 0, 0.25, 0, 0, 0.5, 0]],
+    }
+    for name, rows in expected.items():
+        np.testing.assert_allclose(getattr(packed.batch, name), rows, err_msg=name)
+    assert [(place.start, place.length) for place in packed.places] == [(7, 1), (10, 1), (3, 2)]
+    assert packed.num_tokens == 11
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    tails=st.lists(st.integers(1, 3), min_size=6, max_size=6),
+    row_tokens=st.integers(40, 60),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_branch_sees_exactly_its_own_prompt(lengths, tails, row_tokens):
+    line = iter(range(100, 200))
+    history: tuple[int, ...] = (1,)
+    items = []
+    for index, length in enumerate(lengths):
+        history = (*history, *(next(line) for _ in range(length)))
+        tail = tuple(range(50, 50 + tails[index]))
+        items.append(sequence(0, (*history, *tail), (200 + index, 300 + index)))
+    packed = pack(items, layout="shared_prefix", row_tokens=row_tokens, micro_rows=1)
+    batch = packed.batch
+    for item, place in zip(items, packed.places, strict=True):
+        row, last = place.row, place.start + place.length - 1
+        segments = batch.segment_ids[row]
+        seen = [
+            j for j in range(last + 1)
+            if segments[j] in (segments[last], batch.prefix_ids[row, last])
+        ]  # fmt: skip
+        assert tuple(batch.tokens[row, seen]) == (*item.prompt_ids, *item.completion_ids[:-1])
+        np.testing.assert_array_equal(batch.positions[row, seen], np.arange(len(seen)))
