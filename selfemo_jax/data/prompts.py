@@ -6,7 +6,9 @@ would open a tag of the answer syntax is shown as `‹`, so the model sees the w
 The parser reads completions only.
 
 Every line of the history is encoded on its own: the ids of a history begin with those of any earlier part
-of it. What changes with the turn (which turn is the last) therefore stands after the history.
+of it. What changes with the turn (which turn is the last) therefore stands after the history. In the style
+"dialogue" nothing before the history depends on the turn, so that all prompts of a dialogue grow on one
+trunk, and a long one is read in windows that begin at the same line for many turns.
 """
 
 import re
@@ -33,7 +35,10 @@ __all__ = [
 Piece = tuple[str, str]
 """(kind, text), kind "markup" or "data"."""
 
-STYLES = ("full", "brief")
+STYLES = ("full", "brief", "dialogue")
+WINDOW_OVERLAP = 3
+"""Lines that a window of a long dialogue repeats from the one before it."""
+_TAIL_STEP = 32
 
 _TAG_OPENING = re.compile(
     r"<(?=\s*+/?+\s*+(?:think|emotion|self_emotion|response)(?![a-z0-9_]))", re.IGNORECASE
@@ -66,10 +71,10 @@ def build_prompt(
 ) -> Prompt:
     """The ids of one input, in the chat template of the codec's folder.
 
-    style: "full" states every rule and shows an example; "brief" gives the data alone, for small models
-    that are trained on it. persona False, or none in the sample: a neutral participant ("brief": the name
-    alone). The oldest turns are dropped to fit `max_tokens`; turns keep their numbers. ValueError if even
-    the last turn does not fit.
+    style: "full" states every rule and shows an example; "brief" and "dialogue" give the data alone, for
+    models that are trained on it. persona False, or none in the sample: a neutral participant ("brief",
+    "dialogue": the name alone). The oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
+    ValueError if even the last turn does not fit.
     """
     if style not in STYLES:
         raise ValueError(f"prompt style {style!r}: expected one of {', '.join(STYLES)}")
@@ -78,7 +83,7 @@ def build_prompt(
     frame = codec.chat_frame(thinking=thinking)
     traits = _clean(sample.persona or "") if persona else ""
     theme = _clean(sample.theme or "")
-    pieces = _full_pieces if style == "full" else _brief_pieces
+    pieces = {"full": _full_pieces, "brief": _brief_pieces, "dialogue": _dialogue_pieces}[style]
     system, opening, closing = pieces(sample, traits, theme, max_labels, thinking)
     between = frame.between if frame.between is not None else "\n\n"
     head = _encode([("markup", frame.before), *system, ("markup", between), *opening], codec)
@@ -86,10 +91,16 @@ def build_prompt(
     tail = _encode([*closing, ("markup", frame.after)], codec)
 
     room = max_tokens - len(head) - len(tail)
-    first = len(lines)
-    while first > 0 and room >= len(lines[first - 1]):
-        first -= 1
-        room -= len(lines[first])
+    first = None
+    if style == "dialogue":
+        # The tail's length varies with the responder's name; windows must not.
+        rounded = -(-len(tail) // _TAIL_STEP) * _TAIL_STEP
+        first = _window_start(lines, max_tokens - len(head) - rounded)
+    if first is None:
+        first = len(lines)
+        while first > 0 and room >= len(lines[first - 1]):
+            first -= 1
+            room -= len(lines[first])
     if first == len(lines):
         needed = len(head) + len(lines[-1]) + len(tail)
         raise ValueError(
@@ -107,12 +118,30 @@ def build_prompt(
 def encode_history(
     history: Sequence[tuple[str, str]], codec: TextCodec, *, style: str = "full"
 ) -> tuple[tuple[int, ...], ...]:
-    """Ids of each numbered line `Speaker: text`; those of turn n do not depend on any other turn."""
-    dot = "." if style == "full" else ""
+    """Ids of each line `Speaker: text`, numbered but in the style "dialogue"; those of turn n do not depend
+    on any other turn."""
+    number = {"full": "{}. ", "brief": "{} ", "dialogue": ""}[style]
     return tuple(
-        tuple(codec.encode_data(f"{number}{dot} {_clean(speaker)}: {_clean(text)}\n"))
-        for number, (speaker, text) in enumerate(history, 1)
+        tuple(codec.encode_data(f"{number.format(turn)}{_clean(speaker)}: {_clean(text)}\n"))
+        for turn, (speaker, text) in enumerate(history, 1)
     )
+
+
+def _window_start(lines: Sequence[Sequence[int]], room: int) -> int | None:
+    """First line of the window that holds the last line; None where that line alone is too long.
+
+    Windows are filled from the first line on, so where one begins depends on the lines before it alone.
+    """
+    start = used = 0
+    for index, line in enumerate(lines):
+        used += len(line)
+        if used > room:
+            start = max(index - WINDOW_OVERLAP, start)
+            used = sum(map(len, lines[start : index + 1]))
+            while used > room and start < index:
+                used -= len(lines[start])
+                start += 1
+    return start if used <= room else None
 
 
 def completion_ids(
@@ -247,3 +276,12 @@ def _brief_pieces(
     last = f"#{len(sample.history)} {_clean(sample.target_speaker)}"
     closing = [("data", f"{labels} {max_labels}\n"), ("data", f"{last}, {responder}")]
     return system, opening, closing
+
+
+def _dialogue_pieces(
+    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool
+) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    responder = _clean(sample.responder)
+    system = [("data", f"{' '.join(map(_clean, sample.inventory))} {max_labels}")]
+    opening = [("data", f"[{theme}]\n")] if theme else []
+    return system, opening, [("data", f"> {responder}: {traits}" if traits else f"> {responder}")]

@@ -54,5 +54,6 @@ class OutputSection:
 
     max_labels: Count = 3
     """Emotions an answer may list."""
-    prompt_style: Literal["full", "brief"] = "full"
-    """Complete rules with an example, for pretrained models, or a short form for small ones."""
+    prompt_style: Literal["full", "brief", "dialogue"] = "full"
+    """Complete rules with an example, for pretrained models; a short form for small ones; or the shortest,
+    whose prompts of one dialogue grow on one trunk, so that rows of `cold_start.labels` share it."""

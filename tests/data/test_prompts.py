@@ -153,10 +153,37 @@ def test_the_brief_prompt_is_short(codec):
         build_prompt(SHORT, codec, style="breif", **OPTIONS)
 
 
+def test_the_dialogue_prompt_says_nothing_of_the_turn_before_the_history(codec):
+    text = text_of(
+        build_prompt(replace(SHORT, persona=None, theme=None), codec, style="dialogue", **OPTIONS), codec
+    )
+    assert "system\nneutral surprise fear sadness joy disgust anger 3<|im_end|>\n<|im_start|>user\n" in text
+    assert "\n> Mona<|im_end|>\n<|im_start|>assistant\n" in text
+    with_persona = text_of(build_prompt(SHORT, codec, style="dialogue", **OPTIONS), codec)
+    assert "\n> Mona: Mona appears calm" in with_persona
+
+
+def test_windows_of_a_long_dialogue_begin_at_one_line_for_many_turns(codec):
+    history = tuple((("Tarek", "Mona")[i % 2], f"this is line number {i} of a long talk") for i in range(60))
+    starts = []
+    for turn in range(1, 61):
+        sample = replace(
+            LONG, history=history[:turn], responder=("Mona", "A longer name than that")[turn % 2]
+        )
+        prompt = build_prompt(sample, codec, style="dialogue", **OPTIONS | {"max_tokens": 500})
+        assert len(prompt.token_ids) <= 500
+        starts.append(prompt.num_dropped_turns)
+        assert history[turn - 1][1] in text_of(prompt, codec)
+    assert starts == sorted(starts) and 3 <= len(set(starts)) <= 60 / 3
+    for before, turn in zip(starts, range(1, 60), strict=False):
+        # A new window repeats three lines before the turn that did not fit.
+        assert starts[turn] in (before, turn - 3)
+
+
 # What people said is never structure.
 
 
-@pytest.mark.parametrize("style", ["full", "brief"])
+@pytest.mark.parametrize("style", ["full", "brief", "dialogue"])
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_data_adds_no_added_token_no_tag_and_no_line(codec, hostile, style):
     clean = build_prompt(SHORT, codec, style=style, **OPTIONS)
@@ -198,7 +225,7 @@ turns = st.lists(st.tuples(st.text(min_size=1, max_size=6), st.text(max_size=20)
 
 
 @settings(max_examples=150, deadline=None)
-@given(turns, st.sampled_from(["full", "brief"]))
+@given(turns, st.sampled_from(["full", "brief", "dialogue"]))
 def test_a_longer_history_begins_with_the_ids_of_the_shorter(codec, history, style):
     whole = build_prompt(replace(SHORT, history=tuple(history)), codec, style=style, **OPTIONS).token_ids
     lines = encode_history(history, codec, style=style)
