@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from selfemo_jax.settings.data import DataSection, OutputSection
+from selfemo_jax.settings.experts import Expert, Persona
 from selfemo_jax.settings.model import Batch, ModelSection, Optim
 from selfemo_jax.settings.numbers import Natural, Positive
 from selfemo_jax.settings.objective import RL, Advantages, Loss, Reward
@@ -37,6 +38,8 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     output: OutputSection = field(default_factory=OutputSection)
+    expert: Expert = field(default_factory=Expert)
+    persona: Persona = field(default_factory=Persona)
     cold_start: ColdStart = field(default_factory=ColdStart)
     reward: Reward = field(default_factory=Reward)
     advantages: Advantages = field(default_factory=Advantages)

@@ -6,6 +6,7 @@ from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from selfemo_jax.config import Config, num_devices, parse_mesh
+from selfemo_jax.settings.expert_check import expert_problems
 from selfemo_jax.settings.numbers import Bounds
 
 __all__ = ["parse_keep", "parse_steps", "validate"]
@@ -23,6 +24,8 @@ def validate(config: Config, *, where: str = "settings") -> None:
         *_objective(config),
         *_sampling(config),
         *_phases(config),
+        *expert_problems(config.expert, config.persona, config.cold_start),
+        *_flywheel(config),
         *_logging(config),
     ]
     if len(problems) == 1:
@@ -169,6 +172,40 @@ def _phases(config: Config) -> Iterator[str]:
         yield (
             "flywheel.retrain.init is cold and cold_start.source is none: there is no cold start to begin "
             "from; set cold_start.source to human"
+        )
+
+
+def _flywheel(config: Config) -> Iterator[str]:
+    wheel = config.flywheel
+    if wheel.hygiene.min_words > wheel.hygiene.max_words:
+        yield (
+            f"flywheel.hygiene.min_words is {wheel.hygiene.min_words} and max_words is "
+            f"{wheel.hygiene.max_words}: no reply could be accepted"
+        )
+    if wheel.max_label_ratio is not None and wheel.max_label_ratio < 1:
+        yield (
+            f"flywheel.max_label_ratio is {wheel.max_label_ratio}: labels that may only have less than their "
+            "human shares cannot fill a harvest; set 1 or more, or null"
+        )
+    if wheel.drift.stop is not None and wheel.drift.stop < wheel.drift.alarm:
+        yield (
+            f"flywheel.drift.stop is {wheel.drift.stop}, below flywheel.drift.alarm {wheel.drift.alarm}; an "
+            "alarm comes before a stop"
+        )
+    if wheel.control == "verifier_labels" and wheel.verifier.weights is None:
+        yield (
+            "flywheel.control is verifier_labels and flywheel.verifier.weights is null: name who labels, "
+            "base, cold or a folder"
+        )
+    if wheel.verifier.weights == "base" and config.model.path is None:
+        yield (
+            "flywheel.verifier.weights is base and model.path is null: a policy with random weights "
+            "recognises nothing; set flywheel.verifier.weights to cold or a folder"
+        )
+    if wheel.verifier.weights == "cold" and config.cold_start.source == "none":
+        yield (
+            "flywheel.verifier.weights is cold and cold_start.source is none: there is no cold start; set "
+            "flywheel.verifier.weights to base or a folder"
         )
 
 

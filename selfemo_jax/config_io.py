@@ -372,6 +372,8 @@ def _words(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(args)}"
+    if is_dataclass(hint):
+        return f"a mapping with {', '.join(get_type_hints(hint))}"
     if origin is list:
         return f"a list of {_words(args[0])}, as [a, b]"
     if origin is dict:

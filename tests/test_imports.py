@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "train_step": {"algo", "model", "data", "config"},
     "scoring": {"algo", "data", "config", "rollout"},
     "rollout": {"algo", "model", "data", "config", "appendlog", "phases", "checkpoint", "scoring"},
-    "selfplay": {"algo", "model", "data", "config", "appendlog", "phases", "rollout", "scoring"},
+    "experts": {"data", "config", "appendlog", "rollout"},
+    "selfplay": {"algo", "model", "data", "config", "appendlog", "phases", "rollout", "scoring", "experts"},
     "study": {"algo", "model", "data", "config", "appendlog", "rollout", "scoring", "selfplay"},
 }
 """Part -> the parts it may use beside itself. What is not named here is a page and may use every part."""

@@ -15,10 +15,15 @@ def _sft_optim() -> Optim:
 class ColdStart:
     """Supervised steps that teach the answer format before any reward; its optim serves every SFT phase."""
 
-    source: Literal["human", "none"] = "human"
-    """human: targets made from gold labels and the real next turn; none: no cold start."""
+    source: Literal["human", "expert", "mixed", "none"] = "human"
+    """human: targets made from gold labels and the real next turn; expert: written by `expert`; mixed: the
+    expert's where one passes, else the human-made; none: no cold start."""
     num: Count | None = None
-    """Inputs used; null: all that can be made."""
+    """Inputs used, or asked about; null: all that can be made."""
+    tau: Share = 0.5
+    """Least r1 of an expert's answer against the gold that it did not see."""
+    gold: Literal["hidden", "shown"] = "hidden"
+    """Whether the expert sees the gold labels; shown asks it to explain them."""
     epochs: Positive = 2.0
     """Passes over those inputs."""
     batch_size: Count = 64
@@ -38,13 +43,56 @@ class Retrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hygiene:
+    """What a reply must be to enter the store; each rule has its own reason of rejection."""
+
+    min_words: Count = 1
+    """Words of an accepted reply at least."""
+    max_words: Count = 80
+    """Words of an accepted reply at most."""
+    near_duplicate: Share = 0.8
+    """Jaccard similarity of word 3-grams from which a reply repeats one in the store; 1: equal 3-grams."""
+    language: str | None = "english"
+    """Language of the replies; one of four words or more that is almost surely in another is rejected; null:
+    any language."""
+    label_words: Literal["declared", "any", "keep"] = "declared"
+    """Rejects a reply that names an emotion that it declares, or any of the list; keep: neither."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """A frozen recogniser that reads an accepted reply and must see the emotions that were declared."""
+
+    weights: str | None = None
+    """base: the policy before training; cold: the cold start's, which saw human labels alone; a folder; null:
+    no verifier."""
+    tau: Share = 0.5
+    """Least weighted IoU between its answer and the declared emotions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Jensen-Shannon divergence (base 2, from 0 to 1) of a harvest's gold labels to the human ones, the mean
+    over data sets weighted by their synthetic inputs."""
+
+    alarm: Share = 0.1
+    """Divergence from which the harvest is reported as drifting."""
+    stop: Share | None = None
+    """Divergence from which the run stops before it trains on the harvest; null: never."""
+    least: Count = 50
+    """Synthetic inputs below which a divergence is noise and only reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flywheel:
     """Self-play: accepted best rollouts become new labelled inputs."""
 
     iterations: Natural = 1
     """Rounds of RL, play and harvest before the final RL phase; 0: no self-play."""
     max_inputs: Count | None = None
-    """Inputs that self-play answers per iteration, chosen by the seed; null: all."""
+    """Inputs that self-play begins from per iteration, chosen by the seed; null: all."""
+    dialogues_per_step: Count = 256
+    """Dialogues that one engine call plays on by a turn; a killed harvest repeats one call at most."""
     n_syn: Count = 8000
     """Synthetic inputs kept per iteration at most."""
     tau: Share = 0.5
@@ -55,5 +103,19 @@ class Flywheel:
     """Share of synthetic inputs in the RL buffer at most."""
     heldout: Share = 0.05
     """Share of synthetic inputs, by root dialogue, kept out of training for evaluation."""
+    max_label_ratio: Positive | None = 2.0
+    """Share of a label among a harvest's training inputs at most, as a multiple of its share in the human
+    data of the set; null: no bound."""
+    control: Literal["none", "shuffled_labels", "verifier_labels", "original_only", "all_original"] = "none"
+    """Arm of comparison. none: the method; shuffled_labels: declared labels change places within a data set;
+    verifier_labels: the verifier's answer is the gold of a synthetic input; original_only: the same phases
+    and steps, without synthetic inputs; all_original: no self-play, every original utterance that somebody
+    else can answer."""
+    hygiene: Hygiene = field(default_factory=Hygiene)
+    """Rules for the text of a reply."""
+    verifier: Verifier = field(default_factory=Verifier)
+    """Gate between a declared emotion and the store."""
+    drift: Drift = field(default_factory=Drift)
+    """Watch on the labels of what self-play makes."""
     retrain: Retrain = field(default_factory=Retrain)
     """What the next iteration starts from."""
