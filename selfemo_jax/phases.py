@@ -73,13 +73,14 @@ def plan(config: Config) -> tuple[Phase, ...]:
         return name
 
     wheel, retrain, rl_steps = config.flywheel, config.flywheel.retrain, config.rl.steps
+    num_iterations = 0 if wheel.control == "all_original" else wheel.iterations
     cold = BASE
     if config.cold_start.source != "none":
         cold = add("sft", "cold", 0, BASE, (ORIGINAL,))
     harvests: list[str] = []
     current = cold
-    for iteration in range(1, wheel.iterations + 2):
-        final = iteration == wheel.iterations + 1
+    for iteration in range(1, num_iterations + 2):
+        final = iteration == num_iterations + 1
         buffer = (ORIGINAL, *harvests)
         init = {"base": BASE, "cold": cold, "current": current}[retrain.init] if harvests else cold
         if harvests and retrain.method != "grpo":

@@ -59,7 +59,7 @@ def load_data(config: Config) -> RunData:
     train, majority = {}, {}
     personas: dict[str, Mapping[str, str]] = {}
     for name, corpus in sorted(corpora.items()):
-        samples = build_inputs(corpus.splits["train"], corpus.label_set, rule=config.data.rule)
+        samples = build_inputs(corpus.splits["train"], corpus.label_set, rule=_training_rule(config))
         if config.data.shuffle_gold:
             samples = shuffle_gold(samples, config.seed)
         train[name] = samples
@@ -114,6 +114,11 @@ def _corpora(config: Config) -> Sequence[Corpus]:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
     folder = Path(root) if root else None
     return load_corpora(config.data.sets, folder, speaker_style=config.data.speaker_style)
+
+
+def _training_rule(config: Config) -> str:
+    """Which utterances become training inputs; without self-play none needs a real responder."""
+    return "any_responder" if config.flywheel.control == "all_original" else config.data.rule
 
 
 def _majority(corpus: Corpus) -> str:

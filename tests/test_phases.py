@@ -5,7 +5,8 @@ import json
 import pytest
 
 from selfemo_jax import phases
-from selfemo_jax.config import RL, ColdStart, Config, Flywheel, ModelSection, Retrain
+from selfemo_jax.config import RL, ColdStart, Config, Flywheel, ModelSection
+from selfemo_jax.settings.selfplay import Retrain
 from selfemo_jax.phases import Phase, plan
 
 RECORD = {"steps": 3, "logs": {"metrics.jsonl": [10, "ab"]}}
