@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from selfemo_jax.config import Config, parse_mesh
+from selfemo_jax.config import Config, Optim, parse_mesh
 from selfemo_jax.data.codec import TextCodec, load_codec
 from selfemo_jax.devices import prepare
 from selfemo_jax.model.attention import choose_backend
@@ -18,7 +18,7 @@ from selfemo_jax.model.weights import load_params, open_model
 from selfemo_jax.rollout.engine import Engine
 from selfemo_jax.rollout.jax_engine import JaxEngine
 from selfemo_jax.rollout.records import ReplayEngine
-from selfemo_jax.train_step import born_sharded
+from selfemo_jax.train_step import Steps, born_sharded, make_steps
 
 VOCAB_MULTIPLE = 128
 """A random model's embedding is padded to this, so that any usual mesh divides it."""
@@ -102,6 +102,20 @@ def weights_of(parts: Parts, folder: Path) -> Params:
     """The weights of a folder in the run's type and layout."""
     shardings = param_shardings(parts.model, parts.mesh)
     return load_params(folder, dtype=parts.config.model.param_dtype, shardings=shardings)
+
+
+def compile_steps(parts: Parts, optim: Optim) -> Steps:
+    """The jitted training functions of an optimizer's settings under the run's loss, type and mesh."""
+    config = parts.config
+    return make_steps(
+        parts.model,
+        parts.compute,
+        parts.mesh,
+        optim=optim,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        logits_budget_mib=config.model.logits_budget_mib,
+    )
 
 
 def make_engine(parts: Parts) -> Engine:

@@ -23,8 +23,9 @@ from selfemo_jax.config import Config, Optim
 from selfemo_jax.config_io import Command
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.lengths import report_lengths
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.parts import Parts, build_parts, make_engine, weights_of
+from selfemo_jax.parts import Parts, build_parts, compile_steps, make_engine, weights_of
 from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
@@ -43,7 +44,7 @@ from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
-from selfemo_jax.train_step import Steps, TrainState, make_steps
+from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
 
@@ -82,6 +83,7 @@ class Run:
         self._steps: dict[Optim, Steps] = {}
         self._started, self._step_started = time.monotonic(), time.perf_counter()
         self._first_of_phase = True
+        self._item: tuple[int, Any] = (0, None)
         self._compiles = CompileCounter()
         self._flywheel = AppendLog(self.dir / "flywheel.jsonl")
         self._best_dir = self.dir / "checkpoints" / "best"
@@ -148,15 +150,7 @@ class Run:
     def steps(self, optim: Optim) -> Steps:
         """Compiled functions for an optimizer's settings, made once in a process."""
         if optim not in self._steps:
-            self._steps[optim] = make_steps(
-                self.parts.model,
-                self.parts.compute,
-                self.parts.mesh,
-                optim=optim,
-                loss=self.config.loss,
-                temperature=self.config.rollout.temperature,
-                logits_budget_mib=self.config.model.logits_budget_mib,
-            )
+            self._steps[optim] = compile_steps(self.parts, optim)
         return self._steps[optim]
 
     def refresh(self, params: Params, *, version: int | None = None) -> None:
@@ -223,6 +217,7 @@ class Run:
                         item = next(iterator)
                 except StopIteration:
                     return
+                self._item = item
                 yield item
 
     def record(self, rollouts: Rollouts, scored: Scored) -> None:
@@ -293,6 +288,7 @@ class Run:
         if self._first_of_phase:
             left = seconds * (self._total - step) / 60
             self.log.say(f"{phase.name}: {self._total} steps, the rest takes at most {left:.1f} min")
+            report_lengths(self._item, phase, self.config, self.log)
             self._first_of_phase = False
         reason = self._why_stop()
         if reason or step % self.config.checkpoint.every == 0:

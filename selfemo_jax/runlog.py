@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import yaml
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from selfemo_jax.appendlog import AppendLog, atomic_write
@@ -204,6 +204,11 @@ class RunLog:
         """Print a line, above the progress bar where there is one."""
         if self._primary:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, renderable: ConsoleRenderable) -> None:
+        """Print a table, above the progress bar where there is one."""
+        if self._primary:
+            self._console.print(renderable)
 
     def flush(self) -> None:
         """Return once every line is on disk; called at each checkpoint."""
