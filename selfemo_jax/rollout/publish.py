@@ -99,8 +99,8 @@ class Publisher:
     def __init__(
         self, root: Path, model: ModelConfig, *, dtype: str, keep: int = 3, transport: str = "orbax"
     ):
-        """``keep`` versions stay, the newest included. ``transport`` ``safetensors`` also writes the tensors
-        as one Hugging Face file. What an earlier process left is counted on, and cleaned as its own."""
+        """``keep`` versions stay, the newest included. With ``transport`` ``safetensors`` a version is one
+        Hugging Face file instead. What an earlier process left is counted on, and cleaned as its own."""
         self._root, self._model, self._dtype = root.absolute(), model, dtype
         self._keep, self._transport = keep, transport
         self._config = served_config(model, dtype=dtype)
@@ -152,12 +152,11 @@ class Publisher:
         leaves = flatten(params)
         itemsize = np.dtype(jnp.dtype(self._dtype)).itemsize
         num_bytes = sum(leaf.size for leaf in leaves.values()) * itemsize
-        wanted = num_bytes * (2 if self._transport == "safetensors" else 1)
         free = shutil.disk_usage(self._root).free
-        if free < wanted:
+        if free < num_bytes:
             raise OSError(
                 errno.ENOSPC,
-                f"publishing version {version}: needs {wanted / 1e9:.2f} GB and {self._root} has "
+                f"publishing version {version}: needs {num_bytes / 1e9:.2f} GB and {self._root} has "
                 f"{free / 1e9:.2f} GB free",
             )
         shutil.rmtree(part, ignore_errors=True)
@@ -174,18 +173,18 @@ class Publisher:
         self, part: Path, leaves: Mapping[str, Any], version: int, source_step: int, num_bytes: int
     ) -> Published:
         began = time.perf_counter()
-        params = part / "params"
-        params.mkdir(parents=True)
-        digests = self._write_arrays(params, leaves)
-        write_metadata(params, {path: leaf.shape for path, leaf in leaves.items()})
-        _mark_ocdbt(params / METADATA_NAME)
+        part.mkdir()
+        table = tensor_table(self._model)
         if self._transport == "safetensors":
-            self._write_safetensors(part, leaves)
+            digests = self._write_safetensors(part, leaves)
+            # Such a tensor lies under its own name, as Hugging Face has it.
+            table = {n: row | dict.fromkeys(("array", "index", "transpose")) for n, row in table.items()}
+        else:
+            digests = self._write_arrays(part / "params", leaves)
         written = time.perf_counter()
         files = sorted(path for path in part.rglob("*") if path.is_file())
         entries = dict(zip(files, self._pool.map(_file_entry, files), strict=True))
         hashed = time.perf_counter()
-        table = tensor_table(self._model)
         manifest = {
             "format": FORMAT,
             "version": version,
@@ -231,6 +230,7 @@ class Publisher:
         """One array at a time from the devices to the disk, its tensors' digests taken on the way."""
         import tensorstore as ts
 
+        folder.mkdir()
         stacked = {rule.path: rule.stacked for rule in active_rules(self._model)}
         slots: dict[str, list[tuple[str, int | None, Rule]]] = {}
         for name, slot in hf_slots(self._model).items():
@@ -261,18 +261,24 @@ class Publisher:
                 part = host if layer is None else host[layer]
                 digests[name] = self._pool.submit(_tensor_digest, part, rule)
         pending.result()
+        write_metadata(folder, {path: leaf.shape for path, leaf in leaves.items()})
+        _mark_ocdbt(folder / METADATA_NAME)
         return {name: digest.result() for name, digest in digests.items()}
 
-    def _write_safetensors(self, part: Path, leaves: Mapping[str, Any]) -> None:
+    def _write_safetensors(self, part: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
         short = _SHORT[self._dtype]
         slots = hf_slots(self._model)
         infos = {name: TensorInfo(dtype=short, shape=slot.shape) for name, slot in slots.items()}
+        digests = {}
         with (part / SAFETENSORS).open("wb") as file:
             write_header(file, infos)
-            for slot in slots.values():
+            for name, slot in slots.items():
                 leaf = leaves[slot.rule.path]
                 values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-                file.write(as_bytes(to_hf_layout(values, slot.rule)))
+                data = as_bytes(to_hf_layout(values, slot.rule))
+                digests[name] = hashlib.blake2b(data, digest_size=16).hexdigest()
+                file.write(data)
+        return digests
 
 
 def write_model_folder(

@@ -192,6 +192,8 @@ def test_the_second_transport_has_the_same_tensors_and_digests(tmp_path):
         values = np.ascontiguousarray(read_rows(tensor, None))
         found = hashlib.blake2b(values.view(np.uint8), digest_size=16).hexdigest()
         assert found == published.digests[name], name
+    manifest = json.loads((published.folder / "manifest.json").read_text())
+    assert {row["array"] for row in manifest["tensors"].values()} == {None}, "found by their own names"
 
 
 def test_the_served_configuration_names_the_serving_type():
