@@ -1,0 +1,1 @@
+"""Studies of runs: what the paper claims, measured with its errors."""

@@ -1,0 +1,180 @@
+"""Does RL teach? Greedy r1 on fixed held-out inputs before and after it, over seeds, with two controls.
+
+An arm is a run's configuration with a few settings changed: ``base`` as it is, ``lr0`` with a learning rate
+of 0 in every RL phase, ``shuffled`` with the gold labels permuted among the training inputs. Each arm is
+trained with each seed by a process of its own; finished runs are not run again. What is compared are the
+weights that the cold start left and the policy that the run reports (the best of its last phase by dev
+score), on whole held-out splits, input by input.
+
+The difference has two standard errors: over seeds (the spread of the seeds' mean differences) and over
+dialogues (differences averaged over seeds, inputs of a dialogue taken together). A rise counts when it is
+above twice the larger of them.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from selfemo_jax.algo.rewards import weighted_iou
+from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.checkpoint import find_checkpoint
+from selfemo_jax.config_io import load_config
+from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
+from selfemo_jax.parts import build_parts, make_engine, weights_of
+from selfemo_jax.run_data import load_data
+from selfemo_jax.scores import greedy_answers
+
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "base": (),
+    "lr0": ("--optim.lr=0",),
+    "shuffled": ("--data.shuffle_gold=true",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rise:
+    """Greedy r1 after minus before, over seeds and inputs."""
+
+    before: tuple[float, ...]
+    """Mean r1 of each seed after the cold start."""
+    after: tuple[float, ...]
+    """Mean r1 of each seed at the end."""
+    se_seeds: float
+    """Standard error of the mean difference over seeds; NaN for one seed."""
+    se_dialogues: float
+    """Standard error of the mean difference over dialogues."""
+
+    @property
+    def mean(self) -> float:
+        """Mean difference."""
+        return float(np.mean(self.after) - np.mean(self.before))
+
+    @property
+    def holds(self) -> bool:
+        """Whether r1 rose by more than twice the larger standard error."""
+        errors = [error for error in (self.se_seeds, self.se_dialogues) if not math.isnan(error)]
+        return self.mean > 2 * max(errors)
+
+
+def rise(before: np.ndarray, after: np.ndarray, roots: Sequence[str]) -> Rise:
+    """Compare r1 [S, N] of S seeds on N inputs; ``roots`` names the dialogue of each input.
+
+    The error over dialogues is that of a ratio of sums over clusters (linearised):
+    sqrt(D / (D - 1) sum_d (s_d - m n_d)^2) / N with s_d the summed difference of dialogue d, n_d its inputs,
+    m the mean difference and D the number of dialogues.
+    """
+    if before.shape != after.shape or before.shape[1] != len(roots):
+        raise ValueError(
+            f"r1 before {before.shape}, after {after.shape} and {len(roots)} roots do not match: give one "
+            "row a seed and one column an input"
+        )
+    difference = after - before
+    num_seeds, num_inputs = difference.shape
+    by_seed = difference.mean(axis=1)
+    _, cluster = np.unique(list(roots), return_inverse=True)
+    residual = np.bincount(cluster, difference.mean(axis=0) - difference.mean())
+    num_clusters = len(residual)
+    spread = float((residual**2).sum()) * num_clusters / max(num_clusters - 1, 1)
+    return Rise(
+        before=tuple(map(float, before.mean(axis=1))),
+        after=tuple(map(float, after.mean(axis=1))),
+        se_seeds=float(by_seed.std(ddof=1) / math.sqrt(num_seeds)) if num_seeds > 1 else math.nan,
+        se_dialogues=math.sqrt(spread) / num_inputs,
+    )
+
+
+def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, np.ndarray | list[str]]:
+    """Greedy r1 of a finished run's cold start and of its reported policy on whole splits.
+
+    Returns ``{"roots": N names, "before": [N], "after": [N]}``; ValueError where the run has no cold start.
+    """
+    best = find_checkpoint(str(run_dir))
+    config, _ = load_config([], prog="selfemo_jax.study", base=lambda _: best.config_file)
+    config = best.settings(config)
+    cold = next(iter(sorted((run_dir / "phases").glob("*_cold"))), None)
+    if cold is None:
+        raise ValueError(f"{run_dir}: no cold start to compare with; set cold_start.source")
+    parts, data = build_parts(config), load_data(config)
+    samples = [sample for split in splits for sample in data.split(split)]
+    inventories = [sample.inventory for sample in samples]
+    gold = gold_to_array([s.gold for s in samples], inventories, num_classes=data.num_classes)
+    engine = make_engine(parts)
+    result: dict[str, np.ndarray | list[str]] = {"roots": [sample.root_id for sample in samples]}
+    try:
+        for version, (name, folder) in enumerate({"before": cold / "weights", "after": best.weights}.items()):
+            engine.update_policy(weights_of(parts, folder), version=version)
+            answers = [[p.answer] for p in greedy_answers(engine, samples, parts.codec, config)]
+            pred, valid = answers_to_arrays(answers, inventories, num_classes=data.num_classes)
+            r1 = weighted_iou(jnp.asarray(pred), jnp.asarray(gold), jnp.asarray(valid))
+            result[name] = np.asarray(r1, np.float64)[:, 0]
+    finally:
+        engine.close()
+    return result
+
+
+def study(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    train_args: Sequence[str],
+    splits: Sequence[str] = ("dev", "test"),
+) -> dict[str, Rise]:
+    """Train each arm with each seed (finished ones are kept, interrupted ones resumed), compare, print and
+    write ``learning.json``."""
+    results: dict[str, Rise] = {}
+    for arm in arms:
+        measured = []
+        for seed in seeds:
+            run_dir = folder / f"{arm}_{seed}"
+            _train(run_dir, [*train_args, *ARMS[arm], f"--seed={seed}"])
+            measured.append(held_out_r1(run_dir, splits))
+        before = np.stack([run["before"] for run in measured])
+        after = np.stack([run["after"] for run in measured])
+        results[arm] = rise(before, after, list(measured[0]["roots"]))
+        _print(results, splits, num_inputs=before.shape[1])
+        summary = {
+            name: vars(value) | {"mean": value.mean, "holds": value.holds} for name, value in results.items()
+        }
+        atomic_write(
+            folder / "learning.json", json.dumps({"splits": list(splits), "arms": summary}, indent=1) + "\n"
+        )
+    return results
+
+
+def _train(run_dir: Path, arguments: Sequence[str]) -> None:
+    if (run_dir / "eval" / "test.json").exists():
+        return
+    resume = ["--resume", "auto"] if run_dir.exists() else []
+    command = [sys.executable, "-m", "selfemo_jax.train", *arguments, "--run_dir", str(run_dir), *resume]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with run_dir.with_suffix(".log").open("a") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        raise ValueError(f"{' '.join(command)} ended with {status}; its output is in {log.name}")
+
+
+def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: int) -> None:
+    table = Table(title=f"greedy r1 on {' + '.join(splits)} ({num_inputs} inputs)", title_justify="left")
+    for column in ("arm", "after cold start", "after RL", "difference", "SE seeds", "SE dialogues", "rise"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, value in results.items():
+        table.add_row(
+            name,
+            " ".join(f"{number:.3f}" for number in value.before),
+            " ".join(f"{number:.3f}" for number in value.after),
+            f"{value.mean:+.4f}",
+            f"{value.se_seeds:.4f}",
+            f"{value.se_dialogues:.4f}",
+            "yes" if value.holds else "no",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
