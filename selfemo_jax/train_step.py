@@ -21,16 +21,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfemo_jax.algo.losses import policy_loss, rollout_gap, sft_loss
 from selfemo_jax.config import Loss, Optim
 from selfemo_jax.data.batching import PackedBatch, micro_batches
+from selfemo_jax.data.label_rows import LabelTable
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
     Compute,
     Params,
     abstract_params,
+    column_logits,
     forward,
     init_params,
     token_logprobs,
 )
+from selfemo_jax.model.freeze import check_frozen, join, put_back, split, split_spec
 from selfemo_jax.model.sharding import batch_sharding, param_shardings
+from selfemo_jax.settings.model import Freeze
 
 Sums = dict[str, jax.Array]
 """Metric name -> ``[2]``: a sum and what it is divided by in the end, float32; by nothing where that is 0."""
@@ -66,8 +70,11 @@ class Steps:
     zeros: dict[str, Callable[[], Accumulator]]
     sft_gradients: Callable[..., Accumulator]
     rl_gradients: Callable[..., Accumulator]
+    label_gradients: Callable[..., Accumulator]
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     logprobs: Callable[[Params, dict[str, jax.Array]], jax.Array]
+    label_choices: Callable[[Params, dict[str, jax.Array]], jax.Array]
+    """Index of the best label of the target's set at each position, int32 ``[B, T]``."""
 
 
 class NonFiniteError(RuntimeError):
@@ -122,20 +129,28 @@ def make_steps(
     loss: Loss,
     temperature: float,
     logits_budget_mib: int,
+    freeze: Freeze | None = None,
+    labels: LabelTable | None = None,
 ) -> Steps:
     """Compile-once functions of a phase. ``temperature`` is the sampler's; SFT uses 1.
 
     The logits budget is that of one device: its rows' float32 logits above it are computed in chunks.
+    ``freeze`` names what has no gradient and no moments; ``labels`` are what rows of labels choose among.
     """
+    freeze = Freeze() if freeze is None else freeze
+    labels = LabelTable(names=(), token_ids=(), sets=()) if labels is None else labels
+    check_frozen(model, layers=freeze.layers)
+    parted = functools.partial(split, embeddings=freeze.embeddings, layers=freeze.layers)
     weights = param_shardings(model, mesh)
+    trained_weights = split_spec(weights, embeddings=freeze.embeddings)
     whole = NamedSharding(mesh, PartitionSpec())
     hidden_sharding = batch_sharding(mesh, ndim=3)
     num_row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     budget = logits_budget_mib * 2**20 * num_row_shards
     optimizer = make_optimizer(optim)
 
-    def batch_logprobs(params: Params, batch: dict[str, jax.Array], temperature: float):
-        hidden = forward(
+    def batch_hidden(params: Params, batch: dict[str, jax.Array]):
+        return forward(
             params,
             model,
             compute,
@@ -145,6 +160,9 @@ def make_steps(
             prefix_ids=batch["prefix_ids"],
             sharding=hidden_sharding,
         )
+
+    def batch_logprobs(params: Params, batch: dict[str, jax.Array], temperature: float):
+        hidden = batch_hidden(params, batch)
         return token_logprobs(
             params, model, compute, hidden, batch["targets"], temperature=temperature, budget_bytes=budget
         )
@@ -155,6 +173,22 @@ def make_steps(
         mask = batch["token_weights"] != 0
         entropy = jnp.sum(jax.lax.stop_gradient(entropy), where=mask)
         return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | {"entropy": (entropy, mask.sum())})
+
+    def label_scores(params, batch):
+        """Logits of all labels, those of other sets than the target's out of reach: ``[B, T, C]``."""
+        columns = jnp.array(labels.token_ids, jnp.int32)
+        sets = jnp.array(labels.sets, jnp.int32)
+        scores = column_logits(params, compute, batch_hidden(params, batch), columns)
+        return jnp.where(sets[batch["targets"]][..., None] == sets, scores, -1e30)
+
+    def label_objective(params, batch):
+        """Rows of labels: ``targets`` are positions in the table, 0 where there is none."""
+        logprobs = jax.nn.log_softmax(label_scores(params, batch), axis=-1)
+        chosen = jnp.take_along_axis(logprobs, batch["targets"][..., None], axis=-1)[..., 0]
+        total, sums = sft_loss(chosen, batch["token_weights"])
+        mask = batch["token_weights"] != 0
+        right = jnp.sum(jnp.argmax(logprobs, axis=-1) == batch["targets"], where=mask)
+        return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | {"accuracy": (right, mask.sum())})
 
     def rl_objective(params, batch, *, on_policy: bool):
         logprobs, entropy = batch_logprobs(params, batch, temperature)
@@ -183,11 +217,13 @@ def make_steps(
         return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | gaps)
 
     def add(objective, params, accumulator, batch):
-        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        trained, frozen = parted(params)
+        whole = lambda trained, batch: objective(join(trained, frozen), batch)  # noqa: E731
+        (_, sums), gradients = jax.value_and_grad(whole, has_aux=True)(trained, batch)
         together = Accumulator(gradients=gradients, sums=sums)
         return jax.tree.map(lambda total, more: total + more.astype(total.dtype), accumulator, together)
 
-    out = Accumulator(gradients=weights, sums=whole)
+    out = Accumulator(gradients=trained_weights, sums=whole)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
     def sft_gradients(params, accumulator, batch):
@@ -197,12 +233,18 @@ def make_steps(
     def rl_gradients(params, accumulator, batch, *, on_policy: bool):
         return add(functools.partial(rl_objective, on_policy=on_policy), params, accumulator, batch)
 
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
+    def label_gradients(params, accumulator, batch):
+        return add(label_objective, params, accumulator, batch)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, accumulator: Accumulator, rate):
         norm = optax.tree.norm(accumulator.gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulator.sums["loss"][0])
-        updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        trained, _ = parted(state.params)
+        updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, trained)
+        trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
+        params = put_back(state.params, trained, layers=freeze.layers)
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         return kept, {"grad_norm": norm, "finite": finite}
@@ -211,11 +253,18 @@ def make_steps(
     def logprobs(params, batch):
         return batch_logprobs(params, batch, temperature)[0]
 
+    @jax.jit
+    def label_choices(params, batch):
+        return jnp.argmax(label_scores(params, batch), axis=-1).astype(jnp.int32)
+
+    def init_moments(params: Params):
+        return optimizer.init(parted(params)[0])
+
     def init_state(params: Params) -> TrainState:
-        """Moments of 0, laid out as the weights they belong to."""
-        abstract = jax.eval_shape(optimizer.init, params)
-        shardings = _like_params(abstract, params, weights, whole)
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        """Moments of 0 for what is trained, laid out as the weights they belong to."""
+        abstract = jax.eval_shape(init_moments, params)
+        shardings = _like_params(abstract, trained_weights, whole)
+        opt_state = jax.jit(init_moments, out_shardings=shardings)(params)
         return TrainState(
             params=params, opt_state=opt_state, step=jax.device_put(jnp.zeros((), jnp.int32), whole)
         )
@@ -224,16 +273,22 @@ def make_steps(
         field.name: jax.ShapeDtypeStruct((num_row_shards, 16), jnp.int32 if i < 5 else jnp.float32)
         for i, field in enumerate(fields(PackedBatch))
     }
-    abstract_gradients, _ = abstract_params(model, dtype="float32")
+    abstract_weights, _ = abstract_params(model, dtype="float32")
+    abstract_gradients, _ = jax.eval_shape(parted, abstract_weights)
 
     def empty(objective) -> Callable[[], Accumulator]:
-        _, sums = jax.eval_shape(objective, abstract_gradients, abstract_batch)
+        _, sums = jax.eval_shape(objective, abstract_weights, abstract_batch)
         shapes = Accumulator(gradients=abstract_gradients, sums=sums)
         return jax.jit(
             lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=out
         )
 
-    zeros = {"sft": empty(sft_objective), "rl": empty(functools.partial(rl_objective, on_policy=True))}
+    zeros = {
+        "sft": empty(sft_objective),
+        "rl": empty(functools.partial(rl_objective, on_policy=True)),
+    }
+    if labels.names:
+        zeros["labels"] = empty(label_objective)
 
     return Steps(
         mesh=mesh,
@@ -243,8 +298,10 @@ def make_steps(
         zeros=zeros,
         sft_gradients=sft_gradients,
         rl_gradients=rl_gradients,
+        label_gradients=label_gradients,
         apply=apply,
         logprobs=logprobs,
+        label_choices=label_choices,
     )
 
 
@@ -259,7 +316,7 @@ def update(
     where: str,
     on_policy: bool = True,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One optimizer update from the micro-batches of ``batch``; ``kind`` is ``sft`` or ``rl``.
+    """One optimizer update from the micro-batches of ``batch``; ``kind`` is ``sft``, ``labels`` or ``rl``.
 
     Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError, which
     names ``where`` (the step), holds the state with its weights and moments untouched.
@@ -267,8 +324,9 @@ def update(
     accumulator = steps.zeros[kind]()
     for part in micro_batches(batch, micro_rows=micro_rows):
         on_mesh = device_batch(part, steps.mesh)
-        if kind == "sft":
-            accumulator = steps.sft_gradients(state.params, accumulator, on_mesh)
+        if kind != "rl":
+            gradients = steps.sft_gradients if kind == "sft" else steps.label_gradients
+            accumulator = gradients(state.params, accumulator, on_mesh)
         else:
             accumulator = steps.rl_gradients(state.params, accumulator, on_mesh, on_policy=on_policy)
     sums = accumulator.sums
@@ -295,9 +353,9 @@ def _pairs(sums: dict[str, tuple[jax.Array, jax.Array]]) -> Sums:
     return {name: jnp.stack([jnp.float32(total), jnp.float32(num)]) for name, (total, num) in sums.items()}
 
 
-def _like_params(abstract: Any, params: Params, shardings: Params, whole: NamedSharding) -> Any:
-    """Shardings for an optimizer state: a subtree shaped like the parameters lies as they do, the rest is
-    whole."""
-    structure = jax.tree.structure(params)
+def _like_params(abstract: Any, shardings: Params, whole: NamedSharding) -> Any:
+    """Shardings for an optimizer state: a subtree shaped like the trained weights lies as they do, the rest
+    is whole."""
+    structure = jax.tree.structure(shardings)
     is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
     return jax.tree.map(lambda node: shardings if is_params(node) else whole, abstract, is_leaf=is_params)

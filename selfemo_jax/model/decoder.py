@@ -24,6 +24,9 @@ from selfemo_jax.model.rope import rope_tables, rotate
 Params = dict[str, Any]
 """Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``,
 ``head [D, V]`` if untied."""
+LOWER = "lower"
+"""Where a tree for `forward` holds its frozen first blocks, stacked like ``layers``, which then holds the
+rest (`model/freeze.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,10 @@ def forward(
     elif compute.remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
     x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
+    if LOWER in params:
+        # No gradient enters from above, so the backward pass ends here and keeps nothing of these blocks.
+        x, _ = lax.scan(block, x, params[LOWER])
+        x = lax.stop_gradient(x)
     x, _ = lax.scan(block, x, params["layers"])
     return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
 
@@ -244,6 +251,15 @@ def logits(
     del config
     weight = head_weight(params, compute)
     return matmul(hidden.astype(weight.dtype), weight).astype(jnp.float32)
+
+
+def column_logits(
+    params: Params, compute: Compute, hidden: Float[Array, "*B D"], columns: Int[Array, " C"]
+) -> Float[Array, "*B C"]:
+    """Float32 logits of a few tokens alone: those columns of the output head."""
+    rows = params["head"][:, columns].T if "head" in params else jnp.take(params["embed"], columns, axis=0)
+    rows = rows.astype(jnp.float32 if compute.logits_float32 else compute.dtype)
+    return matmul(hidden.astype(rows.dtype), rows.T).astype(jnp.float32)
 
 
 def token_logprobs(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from selfemo_jax.settings.numbers import Count, Decay, DType, NotNegative, Positive, Share
+from selfemo_jax.settings.numbers import Count, Decay, DType, Natural, NotNegative, Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,16 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Freeze:
+    """Weights that training leaves as they are: no gradient, no optimizer state."""
+
+    embeddings: bool = False
+    """The embedding table, and with it the output head where the two are tied."""
+    layers: Natural = 0
+    """The first blocks, this many."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """Which policy, and in which numbers it computes."""
 
@@ -38,6 +48,8 @@ class ModelSection:
     """Tokenizer folder; null: the model folder's own, else the bundled one."""
     shape: Shape = field(default_factory=Shape)
     """Sizes of a random policy; unused when `path` is set."""
+    freeze: Freeze = field(default_factory=Freeze)
+    """What every phase of training leaves as it is."""
     thinking: bool = False
     """Let the policy reason before its answer, as Qwen3 does by default."""
     param_dtype: DType = "float32"
