@@ -6,13 +6,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.audit import decontaminate
-from selfemo_jax.data.dialogues import Corpus, LabelSet, heaviest_label, load_corpora
+from selfemo_jax.data.dialogues import Corpus, Dialogue, LabelSet, heaviest_label, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
 
 
@@ -33,6 +33,12 @@ class RunData:
     """SHA-256 over every input: a run that is resumed must find the same."""
     report: Mapping[str, Any]
     """Counts, and what decontamination dropped."""
+    dialogues: Mapping[str, Dialogue] = field(default_factory=dict)
+    """Root dialogue of a training input -> the whole dialogue."""
+    expert_examples: tuple[tuple[Sample, tuple[int, ...]], ...] = ()
+    """Training inputs with the completions that experts wrote for the cold start."""
+    expert_cache: Mapping[str, Any] = field(default_factory=dict)
+    """File, length and SHA-256 of the expert answers behind all this; empty where none was asked."""
 
     @property
     def num_classes(self) -> int:
@@ -56,8 +62,11 @@ def load_data(config: Config) -> RunData:
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
+    if config.persona.source != "given":
+        corpora = {name: _without_personas(corpus) for name, corpus in corpora.items()}
     train, majority = {}, {}
     personas: dict[str, Mapping[str, str]] = {}
+    dialogues: dict[str, Dialogue] = {}
     for name, corpus in sorted(corpora.items()):
         samples = build_inputs(corpus.splits["train"], corpus.label_set, rule=_training_rule(config))
         if config.data.shuffle_gold:
@@ -65,7 +74,8 @@ def load_data(config: Config) -> RunData:
         train[name] = samples
         majority[name] = _majority(corpus)
         for dialogue in corpus.splits["train"]:
-            personas[f"{dialogue.dataset}/{dialogue.split}/{dialogue.dialogue_id}"] = dialogue.personas
+            root_id = f"{dialogue.dataset}/{dialogue.split}/{dialogue.dialogue_id}"
+            personas[root_id], dialogues[root_id] = dialogue.personas, dialogue
     train = _subset(train, config.data.max_items, config.seed)
     splits = sorted({split for corpus in corpora.values() for split in corpus.splits} - {"train"})
     evaluation = {
@@ -88,6 +98,29 @@ def load_data(config: Config) -> RunData:
         majority=majority,
         fingerprint=_fingerprint(train, evaluation),
         report=report,
+        dialogues=dialogues,
+    )
+
+
+def with_experts(
+    data: RunData,
+    *,
+    train: Mapping[str, tuple[Sample, ...]],
+    evaluation: Mapping[str, Mapping[str, tuple[Sample, ...]]],
+    personas: Mapping[str, Mapping[str, str]],
+    examples: Sequence[tuple[Sample, tuple[int, ...]]],
+) -> RunData:
+    """The data with what experts added to it; the fingerprint covers all of it."""
+    written = [[sample.to_json(), list(ids)] for sample, ids in examples]
+    digest = hashlib.sha256(_fingerprint(train, evaluation).encode())
+    digest.update(json.dumps([written, {root: dict(personas[root]) for root in sorted(personas)}]).encode())
+    return replace(
+        data,
+        train=train,
+        evaluation=evaluation,
+        personas=personas,
+        expert_examples=tuple(examples),
+        fingerprint=digest.hexdigest(),
     )
 
 
@@ -114,6 +147,14 @@ def _corpora(config: Config) -> Sequence[Corpus]:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
     folder = Path(root) if root else None
     return load_corpora(config.data.sets, folder, speaker_style=config.data.speaker_style)
+
+
+def _without_personas(corpus: Corpus) -> Corpus:
+    splits = {
+        split: tuple(replace(dialogue, personas={}, theme=None) for dialogue in dialogues)
+        for split, dialogues in corpus.splits.items()
+    }
+    return replace(corpus, splits=splits)
 
 
 def _training_rule(config: Config) -> str:

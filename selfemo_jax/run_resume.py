@@ -19,6 +19,10 @@ Resumed = tuple[int, dict[str, Any]]
 """Global step of a saved state, and its record."""
 
 
+class Stopped(Exception):
+    """The run stopped with everything saved; `--resume` goes on."""
+
+
 def newest_point(
     run_dir: Path, plan: tuple[Phase, ...], store: StateStore
 ) -> tuple[dict[str, Any] | None, Resumed | None]:

@@ -15,6 +15,10 @@ class ExpertError(ValueError):
     """Experts did not answer; what they did answer is in the cache."""
 
 
+class Interrupted(ExpertError):
+    """Asking was stopped from outside."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """One chat of a system and a user message."""

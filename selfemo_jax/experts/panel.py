@@ -12,7 +12,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from selfemo_jax.experts.ask import Answer, ChatSampling, ExpertError, Question, Usage, question_key
+from selfemo_jax.experts.ask import (
+    Answer,
+    ChatSampling,
+    ExpertError,
+    Interrupted,
+    Question,
+    Usage,
+    question_key,
+)
 from selfemo_jax.experts.cache import AnswerCache, read_answers
 from selfemo_jax.experts.http_client import HttpExpert
 from selfemo_jax.experts.policy import PolicyExpert
@@ -228,9 +236,10 @@ class Panel:
         else:
             spent = f"{self.cache.cost:.4g} spent"
             why = f"expert.max_cost {self.settings.max_cost:g} is reached ({spent}); raise it"
-        raise ExpertError(
+        kind = Interrupted if why == "stopped" else ExpertError
+        raise kind(
             f"{what}: {missing} questions without an answer: {why}. All answers so far are in "
-            f"{self.cache.path}; start again to go on from there"
+            f"{self.cache.path}; start again (a training run with --resume) to go on from there"
         )
 
     @contextmanager

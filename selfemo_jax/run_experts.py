@@ -1,0 +1,259 @@
+"""What experts add to a run before its first phase: personas and scenes, and cold-start answers.
+
+Everything asked and answered goes through one cache (`expert.cache`), so a run that was stopped asks on where
+it was. What the run took from it is identified twice: by the fingerprint of its data, and by the length and
+SHA-256 of the cache in ``experts.json`` of the run folder, which a resumed run must still find.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.config import Config
+from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.prompts import completion_ids
+from selfemo_jax.experts.ask import ChatSampling, Interrupted
+from selfemo_jax.experts.panel import MakePolicy, Panel
+from selfemo_jax.experts.policy import PolicyExpert
+from selfemo_jax.parts import Parts, base_weights, make_engine
+from selfemo_jax.run_data import RunData, with_experts
+from selfemo_jax.run_inputs import cold_inputs
+from selfemo_jax.run_resume import Stopped
+from selfemo_jax.scores import encode_prompt
+from selfemo_jax.selfplay import cold_start, personas
+from selfemo_jax.selfplay.personas import Piece, Scene
+from selfemo_jax.settings.experts import Endpoint
+
+Say = Callable[[str], None]
+
+
+def needs_experts(config: Config) -> bool:
+    """Whether a run asks experts for anything."""
+    return config.persona.source == "expert" or config.cold_start.source in ("expert", "mixed")
+
+
+def cache_path(config: Config, folder: Path) -> Path:
+    """The file of all expert answers."""
+    return Path(config.expert.cache) if config.expert.cache else folder / "experts.jsonl"
+
+
+def ask_experts(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) -> RunData:
+    """The data with personas and cold-start answers; unchanged when the settings ask for none.
+
+    Leaves ``personas.jsonl``, ``cold_start.jsonl`` and ``experts.json`` in the run folder. SIGTERM lets the
+    requests under way end and raises Stopped. ExpertError when something is left unanswered, ValueError when
+    the cache lost what this run used before.
+    """
+    if not needs_experts(config):
+        return data
+    record = folder / "experts.json"
+    with ExitStack() as stack:
+        stopping = stack.enter_context(_stop_signal())
+        panel = Panel(
+            config.expert,
+            cache_path(config, folder),
+            make_policy=_policy_maker(config, parts, stack),
+            stopping=stopping,
+            say=say,
+        )
+        stack.enter_context(panel)
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            panel.cache.check_prefix(before["length"], before["sha256"])
+        try:
+            data = add_personas(config, data, panel, folder, say)
+            data = add_examples(config, parts.codec, data, panel, folder, say)
+        except Interrupted as error:
+            raise Stopped(str(error)) from None
+        panel.cache.flush()
+        length, digest = panel.cache.length_and_digest()
+        used = {
+            "cache": str(panel.cache.path),
+            "length": length,
+            "sha256": digest,
+            "inputs": data.fingerprint,
+        }
+        atomic_write(record, json.dumps(used, indent=1) + "\n")
+    return replace(data, expert_cache=used)
+
+
+def persona_pieces(config: Config, data: RunData) -> dict[str, list[tuple[Piece, tuple[Sample, ...]]]]:
+    """Split -> what is read of it, each piece with the inputs that get their persona from it."""
+    settings = config.persona
+    found: dict[str, list[tuple[Piece, tuple[Sample, ...]]]] = {}
+    for split in settings.splits:
+        if split == "train":
+            samples = data.all_train()
+        elif split in data.evaluation:
+            samples = data.split(split)
+        else:
+            continue
+        if settings.scope == "history":
+            found[split] = [
+                (personas.history_piece(sample, max_turns=settings.max_turns), (sample,))
+                for sample in samples
+            ]
+            continue
+        # A whole dialogue tells what is said later; config_check allows it for train alone.
+        assert split == "train", f"segments of the {split} split"
+        by_root: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_root.setdefault(sample.root_id, []).append(sample)
+        found[split] = [
+            (piece, tuple(s for s in members if start < len(s.history) <= end))
+            for root, members in by_root.items()
+            for piece, start, end in personas.segments(
+                data.dialogues[root], root, max_turns=settings.max_turns
+            )
+        ]
+    return found
+
+
+def add_personas(config: Config, data: RunData, panel: Panel, folder: Path, say: Say) -> RunData:
+    """The data whose inputs carry the persona and theme that experts inferred (equation 4)."""
+    if config.persona.source != "expert":
+        return data
+    pieces = persona_pieces(config, data)
+    listed = [piece for split in pieces.values() for piece, _ in split]
+    scenes, reasons = personas.extract(panel, listed)
+    scene_of = {
+        sample.id: scenes[piece.id]
+        for split in pieces.values()
+        for piece, members in split
+        for sample in members
+        if piece.id in scenes
+    }
+    lines = [_scene_line(piece, scenes.get(piece.id), reasons.get(piece.id)) for piece in listed]
+    atomic_write(folder / "personas.jsonl", _jsonl(lines))
+    say(f"personas: {len(scenes)} of {len(listed)} pieces{_shown(reasons)}")
+    train = {name: tuple(_told(s, scene_of) for s in samples) for name, samples in data.train.items()}
+    evaluation = {
+        split: {name: tuple(_told(s, scene_of) for s in samples) for name, samples in sets.items()}
+        for split, sets in data.evaluation.items()
+    }
+    # Self-play needs the personas of all speakers. Histories come with rising length, so the first that
+    # names a speaker is the one that knows least of the future.
+    by_root: dict[str, dict[str, str]] = {root: {} for root in data.personas}
+    for piece, members in pieces.get("train", ()):
+        if piece.id in scenes:
+            root = members[0].root_id if members else piece.id.rpartition("#")[0]
+            for speaker, sentence in scenes[piece.id].personas.items():
+                by_root[root].setdefault(speaker, sentence)
+    return with_experts(
+        data, train=train, evaluation=evaluation, personas=by_root, examples=data.expert_examples
+    )
+
+
+def add_examples(
+    config: Config, codec: TextCodec, data: RunData, panel: Panel, folder: Path, say: Say
+) -> RunData:
+    """The data with the accepted cold-start answers of experts (equation 5)."""
+    if config.cold_start.source not in ("expert", "mixed"):
+        return data
+    asked = [sample for samples in cold_inputs(config, data).values() for sample in samples]
+    # What the policy is not told must not decide what it is to say.
+    told = asked if config.data.persona else [replace(sample, persona=None) for sample in asked]
+    written = cold_start.write_answers(panel, told, config)
+    examples, judged = [], []
+    original = {sample.id: sample for sample in asked}
+    for one in written:
+        if one.reason == "accepted":
+            sample = replace(original[one.sample.id], tags=one.sample.tags)
+            ids = _target(one, sample, codec, config)
+            if len(ids) <= config.rollout.max_tokens:
+                examples.append((sample, ids))
+            else:
+                one = replace(one, reason="too_long")
+        judged.append(one)
+    atomic_write(folder / "cold_start.jsonl", _jsonl([one.to_json() for one in judged]))
+    counts = cold_start.reasons(judged)
+    words = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    say(f"cold start: {len(examples)} of {len(judged)} expert answers accepted ({words})")
+    if not examples and config.cold_start.source == "expert":
+        raise ValueError(
+            f"cold_start.source expert: no answer was accepted ({words}); look at "
+            f"{folder / 'cold_start.jsonl'}, cold_start.tau, expert.max_tokens and rollout.max_tokens"
+        )
+    return with_experts(
+        data, train=data.train, evaluation=data.evaluation, personas=data.personas, examples=examples
+    )
+
+
+def _target(one: cold_start.Written, sample: Sample, codec: TextCodec, config: Config) -> tuple[int, ...]:
+    thinking = config.model.thinking
+    think_open = thinking and encode_prompt(sample, codec, config, persona=config.data.persona).think_open
+    return tuple(
+        completion_ids(
+            one.parsed.emotion,
+            one.parsed.self_emotion,
+            one.response,
+            codec,
+            think=one.think if thinking else None,
+            think_open=think_open,
+        )
+    )
+
+
+def _told(sample: Sample, scenes: Mapping[str, Scene]) -> Sample:
+    scene = scenes.get(sample.id)
+    if scene is None:
+        return sample
+    return replace(
+        sample,
+        persona=scene.personas.get(sample.responder),
+        theme=scene.theme,
+        tags=(*sample.tags, f"persona:{scene.source}"),
+    )
+
+
+def _scene_line(piece: Piece, scene: Scene | None, reason: str | None) -> dict[str, Any]:
+    if scene is None:
+        return {"piece": piece.id, "reason": reason}
+    return {
+        "piece": piece.id,
+        "source": scene.source,
+        "theme": scene.theme,
+        "personas": dict(scene.personas),
+    }
+
+
+def _jsonl(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _shown(reasons: Mapping[str, str], most: int = 3) -> str:
+    shown = "; ".join(f"{piece}: {reason}" for piece, reason in list(reasons.items())[:most])
+    return f"; {len(reasons)} have none ({shown})" if reasons else ""
+
+
+def _policy_maker(config: Config, parts: Parts, stack: ExitStack) -> MakePolicy:
+    def make(endpoint: Endpoint, sampling: ChatSampling) -> PolicyExpert:
+        engine = make_engine(parts)
+        stack.callback(engine.close)
+        return PolicyExpert(
+            endpoint,
+            sampling,
+            engine,
+            parts.codec,
+            base_weights(parts),
+            thinking=config.model.thinking,
+            max_prompt=parts.model.max_positions - sampling.max_tokens,
+        )
+
+    return make
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
