@@ -58,11 +58,14 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
         elif phase.kind == "rl":
             steps = phase.steps or max(1, int(config.rl.epochs * num_inputs / config.rl.prompts_per_step))
         else:
-            limit = config.flywheel.max_inputs or num_inputs
-            steps = math.ceil(min(limit, num_inputs) / config.rl.prompts_per_step)
+            # At most: where every reply is accepted, each dialogue is asked once a turn.
+            num = min(config.flywheel.max_inputs or num_inputs, num_inputs)
+            steps = math.ceil(num / config.flywheel.dialogues_per_step) * config.flywheel.max_depth
         if phase.kind != "sft" and steps is not None:
             kept = {"all": steps, "last": min(steps, number), "every": math.ceil(steps / number)}[kind]
-            rollouts = kept * config.rl.prompts_per_step * config.rl.group_size
+            rl_prompts = config.rl.prompts_per_step
+            prompts = rl_prompts if phase.kind == "rl" else min(num, config.flywheel.dialogues_per_step)
+            rollouts = kept * prompts * config.rl.group_size
             disk = f"{rollouts * config.rollout.max_tokens * BYTES_PER_TOKEN / 2**20:.1f}"
         # What a harvest will hold is not known before: phases after it say what the originals alone give.
         words = (

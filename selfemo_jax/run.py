@@ -44,6 +44,7 @@ from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
+from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
@@ -124,9 +125,9 @@ class Run:
         restored, at = self._enter(phase, total_steps, fresh)
         return fresh if restored is None else restored, at
 
-    def start_frozen(self, phase: Phase, *, total_steps: int) -> tuple[Params, At]:
+    def start_frozen(self, phase: Phase) -> tuple[Params, At]:
         """The weights of ``phase.init`` for a phase that changes none, and where it goes on."""
-        _, at = self._enter(phase, total_steps, None)
+        _, at = self._enter(phase, 0, None)
         return self.weights(phase.init), at
 
     def _enter(self, phase: Phase, total_steps: int, like: TrainState | None) -> tuple[TrainState | None, At]:
@@ -174,10 +175,11 @@ class Run:
         """Share of a batch that each source gets."""
         return run_inputs.source_weights(sources, self.config)
 
-    def play_batches(self, phase: Phase) -> list[Batch]:
-        """What a harvest answers, step by step."""
-        sources = self.inputs(phase)
-        return run_inputs.play_batches(sources, self.codec, self.config, seed=self.seed(phase))
+    def turns(self, phase: Phase, *, done: int) -> Iterator[Turn]:
+        """The turns of a harvest that are not over after ``done`` steps; each waits for the one before."""
+        opening = run_inputs.opening_inputs(self.inputs(phase), self.config, seed=self.seed(phase))
+        judged = functools.partial(self._records, iteration=phase.iteration)
+        return (turn for turn in turns(opening, judged, self.config.flywheel) if turn.last > done)
 
     def requests_of(self, phase: Phase) -> Callable[[int, Batch], tuple[Request, ...]]:
         """Requests of a step of the phase, each with its own sampling seed."""
@@ -197,16 +199,18 @@ class Run:
 
     def reply_index(self) -> ReplyIndex:
         """Replies accepted so far in this run."""
-        return ReplyIndex(record["reply"] for record in self._records() if record["accepted"])
+        return ReplyIndex(accepted_replies(self._records()))
 
-    def _records(self) -> list[dict[str, Any]]:
+    def _records(self, *, iteration: int | None = None) -> list[dict[str, Any]]:
         lines = self._flywheel.path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        records = map(json.loads, lines)
+        return [record for record in records if iteration in (None, record["iteration"])]
 
     # The end of a step, and of a phase
 
-    def watch(self, phase: Phase, items: Iterator[Item]) -> Iterator[Item]:
-        """The items, with progress; the wait for each is the time of the rollout."""
+    def watch(self, phase: Phase, items: Iterator[Item], *, total: int | None = None) -> Iterator[Item]:
+        """The items, with progress towards ``total``; the wait for each is the time of the rollout."""
+        self._total = self._total if total is None else total
         waited = "data" if phase.kind == "sft" else "rollout"
         iterator = iter(items)
         with self.log.phase(phase.name, total=self._total, done=self._phase_step):
@@ -246,13 +250,13 @@ class Run:
         self._end(phase, step, state, {**metrics, **scores}, iterator)
 
     def end_harvest(
-        self, phase: Phase, step: int, candidates: Sequence[Candidate], metrics: Mapping[str, float]
+        self, phase: Phase, step: int, turn: Turn, candidates: Sequence[Candidate], scored: Scored
     ) -> None:
         """Write the judged rollouts to the flywheel's store, log and save."""
         self.global_step += 1
-        for candidate in candidates:
-            self._flywheel.append({"iteration": phase.iteration} | candidate.to_json())
-        self._end(phase, step, None, {**metrics, **summarise(candidates)}, None)
+        for record in records_of(candidates, turn, self.codec, style=self.config.output.prompt_style):
+            self._flywheel.append({"iteration": phase.iteration} | record)
+        self._end(phase, step, None, scored.metrics | turn.metrics() | summarise(candidates), None)
 
     def finish(self, phase: Phase, state: TrainState | None) -> None:
         """Leave the phase's folder behind: weights, record, and the marker last."""
@@ -261,7 +265,7 @@ class Run:
         for log in self._logs().values():
             log.flush()
         position = Position(phase=phase.index + 1, step=0, global_step=self.global_step)
-        plans.finish(self.dir, phase, self._meta(position, None) | {"steps": self._total})
+        plans.finish(self.dir, phase, self._meta(position, None) | {"steps": self._phase_step})
         if phase.kind == "harvest":
             buffer = replace(phase, buffer=(phase.name,))
             chosen, held = run_inputs.synthetic_inputs(buffer, self._records(), self.config)
@@ -291,7 +295,8 @@ class Run:
             report_lengths(self._item, phase, self.config, self.log)
             self._first_of_phase = False
         reason = self._why_stop()
-        if reason or step % self.config.checkpoint.every == 0:
+        # A harvest's state is a few numbers, its steps are long.
+        if reason or state is None or step % self.config.checkpoint.every == 0:
             position = Position(phase=phase.index, step=step, global_step=self.global_step)
             for log in self._logs().values():
                 log.flush()

@@ -9,7 +9,7 @@ from typing import Any
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample
-from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
+from selfemo_jax.data.pipeline import mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, Phase
 from selfemo_jax.run_data import RunData, by_dataset, fixed_subset
@@ -126,18 +126,15 @@ def encode_example(
     return prompt.token_ids, tuple(completion)
 
 
-def play_batches(
-    sources: Mapping[str, Sequence[Sample]], codec: TextCodec, config: Config, *, seed: int
-) -> list[Batch]:
-    """Every input that self-play answers, in a seeded order, cut into steps."""
-    pool = [sample for name in sorted(sources) for sample in sources[name]]
+def opening_inputs(
+    sources: Mapping[str, Sequence[Sample]], config: Config, *, seed: int
+) -> tuple[Sample, ...]:
+    """The inputs that self-play begins from, in a seeded order: those that may carry another generated
+    turn."""
+    wheel = config.flywheel
+    pool = [sample for name in sorted(sources) for sample in sources[name] if sample.depth < wheel.max_depth]
     random.Random(f"play/{seed}").shuffle(pool)
-    pool = pool[: config.flywheel.max_inputs]
-    size = config.rl.prompts_per_step
-    return [
-        Batch(items=tuple(encode_input(s, codec, config) for s in pool[start : start + size]), state={})
-        for start in range(0, len(pool), size)
-    ]
+    return tuple(pool[: wheel.max_inputs])
 
 
 def _fits(sample: Sample, *, codec: TextCodec, config: Config) -> bool:

@@ -8,15 +8,15 @@ One step of SELF-GRPO: P labelled inputs become prompts; the policy answers each
 the last speaker, its own emotions and its reply; r1 is the weighted IoU of the first with the gold, r2 how
 much of the group's core emotions it names; their sum is normalised inside the group and drives a clipped
 update with a KL term to the phase's frozen start. After RL the policy plays: the best answer of each input
-extends its dialogue, its declared emotions become the gold of that turn, and the extended dialogues join the
-inputs of the next round.
+extends its dialogue, its declared emotions become the gold of that turn, another speaker answers it in the
+next turn, and every extended dialogue joins the inputs of the next round.
 
 Departures from the paper, and points that its text leaves open:
 1. Algorithm 1 is not in the public text; the phases follow the prose (sections 3.2 to 3.4, 4.1).
 2. Without an expert model the cold start is made of the human data: gold label, the next speaker's label as
    self-emotion, the real next turn as reply (`cold_start.source: human`).
-3. A harvest answers each input once and extends its dialogue by one turn; deeper dialogues come from later
-   harvests, whose inputs hold the earlier ones (`flywheel.max_depth`).
+3. A dialogue ends at the first reply that is rejected, or with `flywheel.max_depth` generated turns; from the
+   second on the gold is what the policy declared itself, so r1 there measures agreement with itself alone.
 4. `reward.preset: paper` is the literal reading (r1 + t/T r2, any listed weight counts as named); `robust`
 asks for a weight of .05 and ends at 0.5, which blocks the padding of label lists. 5. With std normalisation
 lambda acts only inside groups whose r1 varies: where all r1 are equal the consensus acts at full strength
@@ -39,6 +39,7 @@ from selfemo_jax.rollout.stream import rollout_stream
 from selfemo_jax.run import Run, Stopped, open_run
 from selfemo_jax.scoring import score_groups
 from selfemo_jax.selfplay.flywheel import harvest
+from selfemo_jax.selfplay.play import without_misfits
 from selfemo_jax.train_step import NonFiniteError, learning_rate
 
 
@@ -122,32 +123,32 @@ def self_grpo(run: Run, phase: Phase) -> None:
 
 
 def play(run: Run, phase: Phase) -> None:
-    """Self-play and harvest (equation 7): the frozen policy answers every input, the best answers become
-    inputs."""
+    """Self-play and harvest (equations 6 and 7): turn after turn the frozen policy answers every live
+    dialogue; its best answers extend the dialogues and become inputs."""
     config = run.config
-    batches = run.play_batches(phase)
-    total = len(batches)
-    params, at = run.start_frozen(phase, total_steps=total)
+    params, at = run.start_frozen(phase)
     # Frozen: a resumed phase samples from the same version as one that was not interrupted.
     version = run.global_step - at.step
     run.refresh(params, version=version)
-    stream = rollout_stream(
-        run.engine, iter(batches[at.step :]), run.requests_of(phase), run.sampling,
-        first=at.step + 1, last=total, ahead=0, max_lost=config.rollout.max_lost,
-    )  # fmt: skip
     index = run.reply_index()
-    for step, rollouts in run.watch(phase, stream):
-        with run.timer("reward"):
-            scored = score_groups(
-                rollouts.samples, rollouts.prompts, rollouts.groups, run.codec, run.scorer, config,
-                num_classes=run.data.num_classes, step=total, total_steps=total,
-            )  # fmt: skip
-            candidates = harvest(
-                scored, config, index, run.data.personas,
-                iteration=phase.iteration, policy_version=version,
-            )  # fmt: skip
-        run.record(rollouts, scored)
-        run.end_harvest(phase, step, candidates, scored.metrics)
+    for turn in run.turns(phase, done=at.step):
+        stream = rollout_stream(
+            run.engine, turn.batches(run.encode_input, after=at.step), run.requests_of(phase), run.sampling,
+            first=max(turn.first, at.step + 1), last=turn.last, ahead=0, max_lost=config.rollout.max_lost,
+        )  # fmt: skip
+        for step, rollouts in run.watch(phase, stream, total=turn.most):
+            with run.timer("reward"):
+                scored = score_groups(
+                    rollouts.samples, rollouts.prompts, rollouts.groups, run.codec, run.scorer, config,
+                    num_classes=run.data.num_classes, step=1, total_steps=1,
+                )  # fmt: skip
+                candidates = harvest(
+                    scored, config, index, run.data.personas,
+                    iteration=phase.iteration, policy_version=version,
+                )  # fmt: skip
+            run.record(rollouts, scored)
+            candidates = without_misfits(candidates, run.encode_input)
+            run.end_harvest(phase, step, turn, candidates, scored)
     run.finish(phase, None)
 
 

@@ -37,6 +37,7 @@ SIZES = {
     "batch.micro_rows": 8,
     "rollout.max_rows": 32,
     "flywheel.max_inputs": 16,
+    "flywheel.dialogues_per_step": 6,
     "flywheel.tau": 0,
     "flywheel.heldout": 0,
     "eval.max_items": 6,

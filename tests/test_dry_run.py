@@ -10,9 +10,11 @@ import jax
 import pytest
 
 from selfemo_jax import dry_run
-from selfemo_jax.config import Config, Flywheel, ModelSection, Retrain, Shape
+from selfemo_jax.config import Config
 from selfemo_jax.config_io import config_folder, read_config
 from selfemo_jax.data.dialogues import IEMOCAP, MELD
+from selfemo_jax.settings.model import ModelSection, Shape
+from selfemo_jax.settings.selfplay import Flywheel, Retrain
 from tests.fabricated import run_data, sample, settings
 
 QWEN3_4B = Shape(
@@ -60,10 +62,11 @@ def test_phases_with_their_steps_and_what_they_leave_on_disk(capsys):
     assert "training inputs: 50 (meld 40, iemocap 10)" in text
     assert "4 prompts x 4 rollouts, 2 optimizer updates" in text
     found = rows(text)
-    # 100 examples by 16; 100 prompts by 4; 25 steps of 16 rollouts of 64 tokens of 14 bytes: .34 MiB.
+    # 100 examples by 16; 100 prompts by 4; 25 steps of 16 rollouts of 64 tokens of 14 bytes: .34 MiB; three
+    # turns of 50 dialogues in one call each, 4 rollouts a dialogue: .51 MiB.
     assert found["cold"] == ["sft", "base", "original", "7", "-"]
     assert found["rl_1"] == ["rl", "cold", "original", "25", "0.3"]
-    assert found["harvest_1"] == ["harvest", "rl_1", "original", "13", "0.2"]
+    assert found["harvest_1"] == ["harvest", "rl_1", "original", "3", "0.5"]
     assert found["rl_final"] == ["rl", "cold", "original + harvest_1", "25 or more", "0.3"]
 
 
@@ -74,9 +77,10 @@ def test_the_size_on_disk_follows_the_keep_rule(keep, mebibytes, capsys):
 
 
 def test_a_harvest_answers_at_most_max_inputs_and_sft_on_it_is_of_unknown_length(capsys):
-    wheel = {"max_inputs": 9, "retrain": {"init": "cold", "method": "sft"}}
+    wheel = {"max_inputs": 9, "dialogues_per_step": 4, "retrain": {"init": "cold", "method": "sft"}}
     found = rows(described(settings(flywheel=wheel), capsys))
-    assert found["harvest_1"][3] == "3"
+    # Three calls of at most four dialogues for each of three turns.
+    assert found["harvest_1"][3] == "9"
     assert found["sft_2"] == ["sft", "cold", "harvest_1", "?", "-"]
 
 

@@ -17,9 +17,9 @@ from selfemo_jax.run_inputs import (
     SYNTHETIC,
     encode_example,
     encode_input,
+    opening_inputs,
     phase_examples,
     phase_inputs,
-    play_batches,
     source_weights,
     synthetic_inputs,
 )
@@ -217,27 +217,20 @@ def test_a_small_harvest_is_in_each_of_the_first_batches(made):
     assert min(counts) >= 1 and sum(counts) == pytest.approx(20, abs=1)
 
 
-def test_self_play_answers_every_input_once_in_a_seeded_order():
+def test_self_play_begins_from_every_input_once_in_a_seeded_order():
     sources = {"meld": originals(9), SYNTHETIC: [synthetic(s, iteration=1) for s in originals(2)]}
     config = settings()
-    batches = play_batches(sources, codec(), config, seed=5)
-    assert [len(batch.items) for batch in batches] == [4, 4, 3]
-    ids = [s.id for batch in batches for s, _ in batch.items]
-    assert sorted(ids) == sorted(s.id for samples in sources.values() for s in samples)
-    prompts = [(s.id, prompt.sample_id) for batch in batches for s, prompt in batch.items]
-    assert all(a == b for a, b in prompts)
-    assert ids == [s.id for b in play_batches(sources, codec(), config, seed=5) for s, _ in b.items]
-    assert ids != [s.id for b in play_batches(sources, codec(), config, seed=6) for s, _ in b.items]
+    found = opening_inputs(sources, config, seed=5)
+    assert sorted(s.id for s in found) == sorted(s.id for samples in sources.values() for s in samples)
+    assert found == opening_inputs(sources, config, seed=5) != opening_inputs(sources, config, seed=6)
 
 
-def test_max_inputs_takes_the_first_of_that_order():
-    sources = {"meld": originals(9)}
+def test_max_inputs_takes_the_first_of_that_order_that_may_be_extended():
+    sources = {"meld": [*originals(9), *(synthetic(s, iteration=1, depth=3) for s in originals(4))]}
     limited = settings(flywheel={"max_inputs": 5, "retrain": {"init": "cold"}})
-
-    def ids(config):
-        return [s.id for b in play_batches(sources, codec(), config, seed=5) for s, _ in b.items]
-
-    assert ids(limited) == ids(settings())[:5]
+    every = opening_inputs(sources, settings(), seed=5)
+    assert len(every) == 9 and {s.depth for s in every} == {0}
+    assert opening_inputs(sources, limited, seed=5) == every[:5]
 
 
 def test_personas_are_told_or_left_out_by_the_setting():
