@@ -66,42 +66,38 @@ def stage(folder: Path, expected: Expected, *, transport: str = "orbax") -> Stag
     start = time.perf_counter()
     manifest = read_manifest(folder)
     check_model(manifest, expected)
+    checked = expected.checked()
     try:
         check_sizes(manifest)
-    except ValueError as error:
-        raise ValueError(f"weights version {manifest.version}: {error}") from None
-    opened = time.perf_counter()
-    read = _reader(manifest, transport)
-    checked = expected.checked()
+        read = _reader(manifest, transport)
+        tensors = _load_all(manifest, expected, checked, read)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"weights version {manifest.version}: {error}{_blame(manifest)}") from error
+    seconds = {"all": round(time.perf_counter() - start, 4)}
+    return Staged(version=manifest.version, tensors=tensors, checked=checked, seconds=seconds)
 
+
+def _load_all(
+    manifest: Manifest, expected: Expected, checked: frozenset[str], read: "Read"
+) -> dict[str, torch.Tensor]:
     def load(name: str) -> torch.Tensor:
         entry = manifest.tensors[name]
         part = None if name in checked else expected.parts.get(name)
         values = read(name, entry, part)
         if name in checked and (found := digest(values)) != entry.digest:
-            raise Damaged(f"{name}: digest {found}; the manifest says {entry.digest}")
+            raise ValueError(f"{name}: digest {found}; the manifest says {entry.digest}")
         tensor = to_torch(values)
         if not finite(tensor):
             raise ValueError(f"{name}: has values that are not finite")
         return tensor if part is None else _in_place(tensor, entry, part)
 
-    threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0))))
-    tensors: dict[str, torch.Tensor] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, min(MAX_THREADS, len(os.sched_getaffinity(0))))) as pool:
         futures = {name: pool.submit(load, name) for name in expected.shapes}
         try:
-            for name, future in futures.items():
-                tensors[name] = future.result()
-        except (ValueError, OSError) as error:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:
             pool.shutdown(cancel_futures=True)
-            raise ValueError(f"weights version {manifest.version}: {error}{_blame(manifest)}") from error
-    end = time.perf_counter()
-    seconds = {"open": round(opened - start, 4), "read": round(end - opened, 4), "all": round(end - start, 4)}
-    return Staged(version=manifest.version, tensors=tensors, checked=checked, seconds=seconds)
-
-
-class Damaged(ValueError):
-    """A tensor whose bytes are not the published ones."""
+            raise
 
 
 def check_model(manifest: Manifest, expected: Expected) -> None:
