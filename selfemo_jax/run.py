@@ -5,12 +5,11 @@ checkpoints, stops. Make it with `open_run`; it is closed at the end of its ``wi
 """
 
 import functools
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +30,8 @@ from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
+from selfemo_jax.run_experts import ask_experts
+from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier
 from selfemo_jax.run_resume import (
     check_same_data,
     newest_point,
@@ -46,6 +47,7 @@ from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.train_step import Steps, TrainState
+from selfemo_jax.selfplay.store import Store
 
 Item = TypeVar("Item")
 
@@ -86,7 +88,8 @@ class Run:
         self._first_of_phase = True
         self._item: tuple[int, Any] = (0, None)
         self._compiles = CompileCounter()
-        self._flywheel = AppendLog(self.dir / "flywheel.jsonl")
+        self._flywheel = Store(self.dir / "flywheel.jsonl")
+        self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"
         self._store = StateStore(
             self.dir / "checkpoints" / "states",
@@ -199,12 +202,16 @@ class Run:
 
     def reply_index(self) -> ReplyIndex:
         """Replies accepted so far in this run."""
-        return ReplyIndex(accepted_replies(self._records()))
+        threshold = self.config.flywheel.hygiene.near_duplicate
+        return ReplyIndex(accepted_replies(self._records()), threshold=threshold)
 
-    def _records(self, *, iteration: int | None = None) -> list[dict[str, Any]]:
-        lines = self._flywheel.path.read_text(encoding="utf-8").splitlines()
-        records = map(json.loads, lines)
-        return [record for record in records if iteration in (None, record["iteration"])]
+    def verifier(self) -> Verifier | None:
+        """The frozen recogniser that a harvest must convince, if the settings name one; of one phase."""
+        found = open_verifier(self.parts, self.weights, num_classes=self.data.num_classes)
+        return found and self._of_phase.enter_context(found)
+
+    def _records(self, **which: Any) -> list[dict[str, Any]]:
+        return list(self._flywheel.records(**which))
 
     # The end of a step, and of a phase
 
@@ -266,10 +273,7 @@ class Run:
             log.flush()
         position = Position(phase=phase.index + 1, step=0, global_step=self.global_step)
         plans.finish(self.dir, phase, self._meta(position, None) | {"steps": self._phase_step})
-        if phase.kind == "harvest":
-            buffer = replace(phase, buffer=(phase.name,))
-            chosen, held = run_inputs.synthetic_inputs(buffer, self._records(), self.config)
-            self.log.say(f"{phase.name}: {len(chosen)} synthetic inputs, {len(held)} held out")
+        self._of_phase.close()
 
     def final_scores(self) -> None:
         """Score the best policy of the last phase on whole splits, and print what it is worth."""
@@ -281,6 +285,12 @@ class Run:
         phase: Phase,
         step: int,
         state: TrainState | None,
+        if phase.kind == "harvest":
+            # Before the phase is marked: a harvest that may not be trained on is not done.
+            close_harvest(
+                self._records(iteration=phase.iteration), self.data, self.config,
+                name=phase.name, folder=plans.phase_dir(self.dir, phase), log=self.log,
+            )  # fmt: skip
         metrics: Mapping[str, float],
         iterator: Mapping[str, Any] | None,
     ) -> None:
@@ -346,7 +356,7 @@ class Run:
         with self.timer("save"):
             save_policy(folder, params, self.parts, phase=phase, global_step=self.global_step)
 
-    def _logs(self) -> dict[str, AppendLog]:
+    def _logs(self) -> dict[str, AppendLog | Store]:
         assert self.log.metrics is not None
         return {"metrics.jsonl": self.log.metrics, "flywheel.jsonl": self._flywheel}
 
@@ -381,6 +391,7 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
         run = Run(config, parts, data, log)
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:
+        self._of_phase.close()
             if resume:
                 with settings_restored_on_error(kept):
                     run.rewind()

@@ -3,18 +3,19 @@ both."""
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
-from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.inputs import Sample, shuffle_gold
+from selfemo_jax.data.label_rows import Answered, LabelTable
 from selfemo_jax.data.pipeline import mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, Phase
 from selfemo_jax.run_data import RunData, by_dataset, fixed_subset
 from selfemo_jax.scores import encode_prompt
-from selfemo_jax.selfplay.flywheel import choose
+from selfemo_jax.selfplay.selection import Shares, choose, label_shares
 
 SYNTHETIC = "synthetic"
 MIN_SYNTHETIC = 2
@@ -24,21 +25,33 @@ Example = tuple[Sample, tuple[int, ...] | None]
 
 
 def synthetic_inputs(
-    phase: Phase, records: Sequence[Mapping[str, Any]], config: Config
+    phase: Phase, records: Iterable[Mapping[str, Any]], config: Config, *, human: Shares | None = None
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Accepted inputs of the phase's harvests (lines of ``flywheel.jsonl``): for training, and held out."""
+    """Accepted inputs of the phase's harvests (lines of ``flywheel.jsonl``): for training, and held out.
+
+    ``human`` label shares bound those of the training part, whose gold is permuted in the arm
+    `shuffled_labels`.
+    """
+    accepted: dict[int, list[Sample]] = {iteration: [] for iteration in _iterations(phase)}
+    for record in records:
+        if record["accepted"] and record["iteration"] in accepted:
+            accepted[record["iteration"]].append(Sample.from_json(record["sample"]))
+    wheel = config.flywheel
     training: list[Sample] = []
     held: list[Sample] = []
-    for iteration in _iterations(phase):
-        accepted = [
-            Sample.from_json(record["sample"])
-            for record in records
-            if record["accepted"] and record["iteration"] == iteration
-        ]
-        wheel = config.flywheel
-        chosen, heldout = choose(accepted, n_syn=wheel.n_syn, heldout=wheel.heldout, seed=config.seed)
-        training += chosen
-        held += heldout
+    for samples in accepted.values():
+        selection = choose(
+            samples,
+            n_syn=wheel.n_syn,
+            heldout=wheel.heldout,
+            seed=config.seed,
+            human=human,
+            max_label_ratio=wheel.max_label_ratio,
+        )
+        training += selection.training
+        held += selection.heldout
+    if wheel.control == "shuffled_labels":
+        training = list(shuffle_gold(training, config.seed))
     return tuple(training), tuple(held)
 
 
@@ -46,7 +59,7 @@ def phase_inputs(
     phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]], config: Config
 ) -> dict[str, tuple[Sample, ...]]:
     """The phase's buffer: original inputs by data set, and the harvests' under ``synthetic``."""
-    synthetic, _ = synthetic_inputs(phase, records, config)
+    synthetic, _ = synthetic_inputs(phase, records, config, human=label_shares(data.all_train()))
     return dict(data.train) | ({SYNTHETIC: synthetic} if synthetic else {})
 
 
@@ -57,8 +70,8 @@ def phase_examples(
     codec: TextCodec,
     config: Config,
 ) -> dict[str, tuple[Example, ...]]:
-    """Supervised examples by data set: of the human data for the cold start, else the accepted best
-    rollouts."""
+    """Supervised examples by data set: of the human data or by experts for the cold start, else the accepted
+    best rollouts."""
     if ORIGINAL not in phase.buffer:
         return {SYNTHETIC: _accepted(phase, data, records, config)}
     usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
@@ -86,6 +99,39 @@ def phase_examples(
 
 def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict[str, float]:
     """Share of a batch that each source gets; a harvest gets its share of the buffer, within bounds."""
+def cold_inputs(config: Config, data: RunData) -> dict[str, tuple[Sample, ...]]:
+    """The training inputs that experts are asked about, by data set, fixed by the seed."""
+    number, usable = config.cold_start.num, data.all_train()
+    chosen: dict[str, tuple[Sample, ...]] = {}
+    for name, samples in by_dataset(usable).items():
+        share = None if number is None else max(1, round(number * len(samples) / len(usable)))
+        chosen[name] = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
+    return chosen
+
+
+def _with_experts(data: RunData, codec: TextCodec, config: Config) -> dict[str, tuple[Example, ...]]:
+    written: dict[str, list[Example]] = {}
+    for sample, completion in data.expert_examples:
+        written.setdefault(sample.id, []).append((sample, completion))
+    examples: dict[str, tuple[Example, ...]] = {}
+    for name, samples in cold_inputs(config, data).items():
+        chosen: list[Example] = []
+        for sample in samples:
+            human = sample.reference is not None and bool(sample.reference.labels)
+            if sample.id in written:
+                chosen += written[sample.id]
+            elif config.cold_start.source == "mixed" and human and _fits(sample, codec=codec, config=config):
+                chosen.append((sample, None))
+        if chosen:
+            examples[name] = tuple(chosen)
+    if not examples:
+        raise ValueError(
+            f"cold_start.source {config.cold_start.source}: no expert's answer was accepted and no input has "
+            "a labelled next turn; look at cold_start.jsonl in the run folder"
+        )
+    return examples
+
+
     settings = config.data.mixture
     originals = {name: len(items) for name, items in sources.items() if name != SYNTHETIC}
     num_synthetic = len(sources.get(SYNTHETIC, ()))
@@ -96,6 +142,8 @@ def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict
     )
     if not num_synthetic:
         return weights
+    if config.flywheel.control == "original_only":
+        return weights | ({SYNTHETIC: 0.0} if num_synthetic else {})
     share = min(config.flywheel.max_share, num_synthetic / (num_synthetic + sum(originals.values())))
     weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
     least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, config.flywheel.max_share, 0.5)
@@ -149,7 +197,8 @@ def _accepted(
     phase: Phase, data: RunData, records: Sequence[Mapping[str, Any]], config: Config
 ) -> tuple[Example, ...]:
     # The completion says what its child holds, so that one of a held-out child is not learned either.
-    training = {sample.id for sample in synthetic_inputs(phase, records, config)[0]}
+    human = label_shares(data.all_train())
+    training = {sample.id for sample in synthetic_inputs(phase, records, config, human=human)[0]}
     known = {sample.id: sample for sample in data.all_train()}
     examples = []
     for record in records:

@@ -130,7 +130,7 @@ def play(run: Run, phase: Phase) -> None:
     # Frozen: a resumed phase samples from the same version as one that was not interrupted.
     version = run.global_step - at.step
     run.refresh(params, version=version)
-    index = run.reply_index()
+    index, verify = run.reply_index(), run.verifier()
     for turn in run.turns(phase, done=at.step):
         stream = rollout_stream(
             run.engine, turn.batches(run.encode_input, after=at.step), run.requests_of(phase), run.sampling,
@@ -144,7 +144,7 @@ def play(run: Run, phase: Phase) -> None:
                 )  # fmt: skip
                 candidates = harvest(
                     scored, config, index, run.data.personas,
-                    iteration=phase.iteration, policy_version=version,
+                    iteration=phase.iteration, policy_version=version, verify=verify,
                 )  # fmt: skip
             run.record(rollouts, scored)
             candidates = without_misfits(candidates, run.encode_input)

@@ -6,10 +6,9 @@ rejected rollout is recorded with its reason, so that an acceptance rate can be 
 """
 
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,24 @@ from selfemo_jax.data.grammar import Answer, acceptable
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import normalise_reply
 from selfemo_jax.scoring import Scored
+from selfemo_jax.selfplay.hygiene import ReplyIndex, text_problem
 
 Personas = Mapping[str, Mapping[str, str]]
 """Root dialogue -> speaker -> persona sentence."""
-MIN_WORDS, MAX_WORDS = 1, 80
-NEAR_DUPLICATE = 0.8
-"""Jaccard similarity of word 3-grams from which a reply repeats one that is already in the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the verifier reads in a reply."""
+
+    agreement: float
+    """Weighted IoU of its answer with the declared emotions; 0 when it gave no valid answer."""
+    emotion: Mapping[str, float]
+    """Its answer; empty when it gave no valid one."""
+
+
+Verify = Callable[[Sequence[Sample]], Sequence[Verdict]]
+"""A frozen recogniser: new inputs in, one verdict each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,48 +49,32 @@ class Candidate:
     """``accepted``, or why not."""
     reply: str
     select: Mapping[str, float]
-    """r1, r2, R of the chosen rollout and the number of valid rollouts of its group."""
+    """r1, r2, R of the chosen rollout, the number of valid rollouts of its group, and the verifier's
+    agreement where there is a verifier."""
     completion_ids: tuple[int, ...]
+    policy_version: int
+    emotion: Mapping[str, float] = field(default_factory=dict)
+    """What it recognised in the last speaker."""
+    declared: Mapping[str, float] = field(default_factory=dict)
+    """The emotions that it declared for itself: the gold of its child, but for an arm of comparison."""
 
     def to_json(self) -> dict[str, Any]:
         """One line of ``flywheel.jsonl``."""
         return {
             "parent_id": self.parent.id,
             "root_id": self.parent.root_id,
+            "dataset": self.parent.dataset,
+            "depth": self.parent.depth + 1,
+            "policy_version": self.policy_version,
             "accepted": self.child is not None,
             "reason": self.reason,
             "reply": self.reply,
+            "emotion": dict(self.emotion),
+            "declared": dict(self.declared),
             "select": dict(self.select),
             "completion_ids": list(self.completion_ids),
             "sample": None if self.child is None else self.child.to_json(),
         }
-
-
-class ReplyIndex:
-    """Word 3-grams of the accepted replies, to find near-duplicates; the same order of calls gives the same
-    answers."""
-
-    def __init__(self, replies: Iterable[str] = ()):
-        self._grams: list[frozenset] = []
-        self._where: dict[tuple, list[int]] = {}
-        for reply in replies:
-            self.add(reply)
-
-    def add(self, reply: str) -> None:
-        """Remember an accepted reply."""
-        grams = _trigrams(reply)
-        for gram in grams:
-            self._where.setdefault(gram, []).append(len(self._grams))
-        self._grams.append(grams)
-
-    def near(self, reply: str) -> bool:
-        """Whether an accepted reply is the same but for a few words."""
-        grams = _trigrams(reply)
-        shared = Counter(place for gram in grams for place in self._where.get(gram, ()))
-        return any(
-            count / (len(grams) + len(self._grams[place]) - count) >= NEAR_DUPLICATE
-            for place, count in shared.items()
-        )
 
 
 def best_rollout(scored: Scored, prompt: int) -> int | None:
@@ -100,73 +95,117 @@ def harvest(
     *,
     iteration: int,
     policy_version: int,
+    verify: Verify | None = None,
 ) -> list[Candidate]:
-    """Judge the best rollout of every prompt of a step (method 3.3); accepted replies enter ``index``."""
+    """Judge the best rollout of every prompt of a step (method 3.3); accepted replies enter ``index``.
+
+    With ``verify`` an accepted child must also convince a frozen recogniser, all of the step in one call.
+    """
+    drafts = [
+        _draft(scored, prompt, config, index, personas, iteration=iteration, policy_version=policy_version)
+        for prompt in range(len(scored.samples))
+    ]
+    if verify is not None:
+        drafts = _verified(drafts, verify, config)
     candidates = []
-    for prompt, parent in enumerate(scored.samples):
-        chosen = best_rollout(scored, prompt)
-        if chosen is None:
-            reason = "lost" if not scored.present[prompt].any() else "no_valid_rollout"
-            candidates.append(
-                Candidate(parent=parent, child=None, reason=reason, reply="", select={}, completion_ids=())
-            )
-            continue
-        answer = scored.answers[prompt][chosen]
-        reply = normalise_reply(answer.response)
-        reason = rejection(answer, reply, parent, float(scored.r1[prompt, chosen]), config, index)
-        child = None
-        if reason is None:
-            child = extend(
-                parent,
-                answer,
-                reply,
-                iteration=iteration,
-                policy_version=policy_version,
-                personas=personas,
-                seed=config.seed,
-            )
-            index.add(reply)
-        select = {
+    for draft in drafts:
+        # Again, now that the replies of this step are known one after the other.
+        if draft.child is not None and index.near(draft.reply):
+            draft = replace(draft, child=None, reason="near_duplicate")
+        if draft.child is not None:
+            index.add(draft.reply)
+        candidates.append(draft)
+    return candidates
+
+
+def _draft(
+    scored: Scored,
+    prompt: int,
+    config: Config,
+    index: ReplyIndex,
+    personas: Personas,
+    *,
+    iteration: int,
+    policy_version: int,
+) -> Candidate:
+    """The best rollout of a prompt, with its child unless it is rejected by itself."""
+    parent, chosen = scored.samples[prompt], best_rollout(scored, prompt)
+    if chosen is None:
+        return Candidate(
+            parent=parent,
+            child=None,
+            reason="no_valid_rollout" if scored.present[prompt].any() else "lost",
+            reply="",
+            select={},
+            completion_ids=(),
+            policy_version=policy_version,
+        )
+    answer = scored.answers[prompt][chosen]
+    reply = normalise_reply(answer.response)
+    reason = rejection(answer, reply, parent, float(scored.r1[prompt, chosen]), config, index)
+    child = None
+    if reason is None:
+        child = extend(
+            parent,
+            answer,
+            reply,
+            iteration=iteration,
+            policy_version=policy_version,
+            personas=personas,
+            seed=config.seed,
+        )
+    return Candidate(
+        parent=parent,
+        child=child,
+        reason=reason or "accepted",
+        reply=reply,
+        select={
             "r1": float(scored.r1[prompt, chosen]),
             "r2": float(scored.r2[prompt, chosen]),
             "R": float(scored.rewards[prompt, chosen]),
             "n_valid": int(scored.valid[prompt].sum()),
-        }
-        candidates.append(
-            Candidate(
-                parent=parent,
-                child=child,
-                reason=reason or "accepted",
-                reply=reply,
-                select=select,
-                completion_ids=scored.completions[prompt][chosen].token_ids,
-            )
-        )
-    return candidates
+        },
+        completion_ids=scored.completions[prompt][chosen].token_ids,
+        policy_version=policy_version,
+        emotion=dict(answer.emotion),
+        declared=dict(answer.self_emotion),
+    )
+
+
+def _verified(drafts: Sequence[Candidate], verify: Verify, config: Config) -> list[Candidate]:
+    """The drafts after the verifier: rejected where it disagrees; in the arm `verifier_labels` relabelled."""
+    children = [draft.child for draft in drafts if draft.child is not None]
+    verdicts = iter(verify(children) if children else ())
+    judged = []
+    for draft in drafts:
+        if draft.child is not None:
+            verdict = next(verdicts)
+            draft = replace(draft, select={**draft.select, "verifier": verdict.agreement})
+            relabel = config.flywheel.control == "verifier_labels"
+            if not verdict.emotion or (verdict.agreement < config.flywheel.verifier.tau and not relabel):
+                draft = replace(draft, child=None, reason="verifier")
+            elif relabel:
+                assert draft.child is not None
+                draft = replace(draft, child=replace(draft.child, gold=dict(verdict.emotion)))
+        judged.append(draft)
+    return judged
 
 
 def rejection(
     answer: Answer, reply: str, parent: Sample, r1: float, config: Config, index: ReplyIndex
 ) -> str | None:
     """Why the best rollout of ``parent`` may not extend its dialogue; None when it may."""
-    words = reply.split()
-    if parent.depth >= config.flywheel.max_depth:
+    wheel = config.flywheel
+    if parent.depth >= wheel.max_depth:
         return "max_depth"
-    if r1 < config.flywheel.tau:
+    if r1 < wheel.tau:
         return "low_reward"
     if not acceptable(answer):
         return "grammar"
-    if not MIN_WORDS <= len(words) <= MAX_WORDS:
-        return "length"
-    if not any(character.isalpha() for character in reply):
-        return "no_letters"
-    if _names_a_speaker(reply, parent):
-        return "several_turns"
-    if _words(reply) == _words(parent.history[-1][1]):
-        return "copy"
-    if index.near(reply):
-        return "near_duplicate"
-    return None
+    declared = [label for label, _ in answer.self_emotion]
+    if problem := text_problem(reply, parent, declared, wheel.hygiene):
+        return problem
+    return "near_duplicate" if index.near(reply) else None
 
 
 def extend(
@@ -218,53 +257,9 @@ def next_responder(parent: Sample, personas: Mapping[str, str], *, seed: int) ->
     return random.Random(f"{seed}/{parent.id}/{parent.depth}").choices(others, weights)[0]
 
 
-def choose(
-    children: Sequence[Sample], *, n_syn: int, heldout: float, seed: int
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """The synthetic training inputs and the held-out SELF-EMO test part of a harvest.
-
-    Whole root dialogues are held out, by a hash of their id, so that a root never lies on both sides. The
-    rest is capped at ``n_syn`` with its data sets balanced: taken in turn, each set in a seeded order.
-    """
-    held = tuple(child for child in children if _is_heldout(child.root_id, heldout, seed))
-    rest = [child for child in children if not _is_heldout(child.root_id, heldout, seed)]
-    queues: dict[str, list[Sample]] = {}
-    for child in rest:
-        queues.setdefault(child.dataset, []).append(child)
-    for dataset in sorted(queues):
-        random.Random(f"{seed}/{dataset}").shuffle(queues[dataset])
-    chosen: list[Sample] = []
-    while len(chosen) < n_syn and any(queues.values()):
-        for dataset in sorted(queues):
-            if queues[dataset] and len(chosen) < n_syn:
-                chosen.append(queues[dataset].pop())
-    return tuple(chosen), held
-
-
 def summarise(candidates: Sequence[Candidate]) -> dict[str, float]:
     """Share of prompts by outcome, and mean depth of what was accepted."""
     counts = Counter(candidate.reason for candidate in candidates)
     metrics = {f"harvest/{reason}": count / len(candidates) for reason, count in sorted(counts.items())}
     depths = [candidate.child.depth for candidate in candidates if candidate.child is not None]
     return metrics | {"harvest/depth": float(np.mean(depths)) if depths else 0.0}
-
-
-def _is_heldout(root_id: str, share: float, seed: int) -> bool:
-    return random.Random(f"heldout/{seed}/{root_id}").random() < share
-
-
-def _names_a_speaker(reply: str, parent: Sample) -> bool:
-    """Whether the reply writes ``Name:`` of somebody in the dialogue, as a script of several turns does."""
-    names = {parent.responder, *(speaker for speaker, _ in parent.history)}
-    pattern = "|".join(re.escape(name) for name in sorted(names))
-    return re.search(rf"(?<!\w)(?:{pattern})\s*:", reply, re.IGNORECASE) is not None
-
-
-def _words(text: str) -> tuple[str, ...]:
-    kept = "".join(character if character.isalnum() else " " for character in text.lower())
-    return tuple(kept.split())
-
-
-def _trigrams(text: str) -> frozenset:
-    words = _words(text)
-    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset({words})

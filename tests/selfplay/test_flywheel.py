@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from selfemo_jax.appendlog import AppendLog
-from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD
+from selfemo_jax.data.dialogues import MELD
 from selfemo_jax.data.grammar import parse
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.scoring import Scored
 from selfemo_jax.selfplay.flywheel import (
-    ReplyIndex,
+    Verdict,
     best_rollout,
-    choose,
     extend,
     harvest,
     next_responder,
     rejection,
     summarise,
 )
-from tests.fabricated import completion, prompt, sample, settings, synthetic, text
+from selfemo_jax.selfplay.hygiene import ReplyIndex
+from tests.fabricated import completion, prompt, sample, settings, text
 
 FEAR = (("fear", 0.4), ("joy", 0.35))
 REPLY = "Hand me an oar, then."
@@ -62,7 +62,7 @@ def step(*rows, samples=None) -> Scored:
     )
 
 
-def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS):
+def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS, verify=None):
     return harvest(
         scored,
         config or settings(),
@@ -70,6 +70,7 @@ def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS):
         personas,
         iteration=iteration,
         policy_version=31,
+        verify=verify,
     )
 
 
@@ -113,6 +114,8 @@ def test_without_a_valid_rollout_there_is_no_best_one():
         ("several_turns", {"answer": {"reply": "Row! Ada: no, wait for the tide."}}),
         ("several_turns", {"answer": {"reply": "cy : hand me an oar"}}),
         ("copy", {"answer": {"reply": "then we row -- ALL 0 miles"}}),
+        ("label_word", {"answer": {"reply": "There is no JOY in it."}}),
+        ("language", {"answer": {"reply": "Das Boot ist voll, wir rudern jetzt."}}),
         ("near_duplicate", {"index": [REPLY]}),
     ],
 )
@@ -126,7 +129,8 @@ def test_each_reason_to_reject(reason, changes):
 def test_limits_themselves_are_accepted():
     config = settings(flywheel={"tau": 0.25, "max_depth": 2})
     parent = replace(sample(gold={"joy": 1.0}), depth=1)
-    words = " ".join(f"word{'abcdefgh'[n % 8]}{n}" for n in range(80))
+    words = " ".join(["we row far left and home again with you"] * 8 + ["for ever now on the calm old sea"])
+    assert len(words.split()) == 80
     assert rejection(answer(words), words, parent, 0.25, config, ReplyIndex()) is None
 
 
@@ -135,21 +139,6 @@ def test_a_name_without_a_colon_is_no_second_turn():
         assert (
             rejection(answer(reply), reply, sample(gold={"joy": 1.0}), 1.0, settings(), ReplyIndex()) is None
         )
-
-
-def test_near_duplicates_share_four_fifths_of_their_three_word_runs():
-    base = "one two three four five six seven eight nine ten eleven twelve"  # ten runs of three words
-    index = ReplyIndex(["nothing in common here", base])
-    assert index.near(base.upper().replace(" ", ", "))
-    assert index.near(base + " thirteen")  # 10 of 11 runs
-    assert index.near(base + " thirteen fourteen")  # 10 of 12: .83
-    assert not index.near(base + " thirteen fourteen fifteen")  # 10 of 13: .77
-    assert not index.near("twelve eleven ten")
-
-
-def test_short_replies_are_duplicates_when_their_words_are_the_same():
-    index = ReplyIndex(["Oh, really?"])
-    assert index.near("oh really!") and not index.near("oh") and not index.near("oh really now")
 
 
 def test_accepting_a_reply_makes_its_copy_in_the_same_step_a_duplicate():
@@ -247,45 +236,10 @@ def test_ids_are_unique_over_iterations_and_depths():
     assert len(found) == 2 * (1 + 2 + 4) and len(set(found)) == len(found)
 
 
-def children(root: int, number: int, labels=MELD) -> list[Sample]:
-    parent = sample(root, labels=labels, dialogue=f"d{root}", gold={labels.labels[0]: 1.0})
-    return [synthetic(parent, iteration=n) for n in range(1, number + 1)]
-
-
-def test_held_out_roots_are_whole_stable_and_disjoint():
-    made = [child for root in range(400) for child in children(root, 2)]
-    training, held = choose(made, n_syn=10**6, heldout=0.1, seed=3)
-    roots = {c.root_id for c in held}
-    assert roots.isdisjoint(c.root_id for c in training)
-    assert len(training) + len(held) == 800 and len(held) == 2 * len(roots)
-    assert 0.06 < len(roots) / 400 < 0.14
-    # A later harvest, with other inputs in another order, holds out the same dialogues.
-    later = [child for root in range(500, 100, -1) for child in children(root, 1)]
-    _, held_later = choose(later, n_syn=10**6, heldout=0.1, seed=3)
-    common = {f"meld/train/d{root}" for root in range(101, 400)}
-    assert {c.root_id for c in held_later} & common == roots & common
-    assert {c.root_id for c in choose(made, n_syn=10**6, heldout=0.1, seed=4)[1]} != roots
-
-
-def test_nothing_or_everything_is_held_out_at_the_ends():
-    made = children(1, 3) + children(2, 3)
-    assert choose(made, n_syn=100, heldout=0.0, seed=0)[1] == ()
-    assert choose(made, n_syn=100, heldout=1.0, seed=0)[0] == ()
-
-
-def test_the_cap_takes_from_the_data_sets_in_turn():
-    made = children(1, 50) + children(2, 4, EMORYNLP) + children(3, 9, IEMOCAP)
-    training, _ = choose(made, n_syn=18, heldout=0.0, seed=0)
-    # Four rounds of three, then the two sets that have any left.
-    assert Counter(c.dataset for c in training) == {"meld": 7, "emorynlp": 4, "iemocap": 7}
-    assert len({c.id for c in training}) == 18
-    assert training == choose(made, n_syn=18, heldout=0.0, seed=0)[0]
-    assert {c.id for c in training} != {c.id for c in choose(made, n_syn=18, heldout=0.0, seed=1)[0]}
-
-
 def test_a_harvest_survives_its_line_in_the_store(tmp_path):
     row = [(text([("joy", 1.0)], FEAR, "Größe ist „alles“, sagt er."), 1.0, 0.5)]
-    found = played(step(row, [("no answer", 0.0, 0.0)]))
+    config = settings(flywheel={"hygiene": {"language": "german"}})
+    found = played(step(row, [("no answer", 0.0, 0.0)]), config=config)
     with AppendLog(tmp_path / "flywheel.jsonl") as log:
         for candidate in found:
             log.append({"iteration": 1} | candidate.to_json())
@@ -295,11 +249,59 @@ def test_a_harvest_survives_its_line_in_the_store(tmp_path):
         "iteration": 1,
         "parent_id": "meld/train/d1/0",
         "root_id": "meld/train/d1",
+        "dataset": "meld",
+        "depth": 1,
+        "policy_version": 31,
         "accepted": True,
         "reason": "accepted",
         "reply": "Größe ist „alles“, sagt er.",
+        "emotion": {"joy": 1.0},
+        "declared": {"fear": 0.4, "joy": 0.35},
         "select": {"r1": 1.0, "r2": 0.5, "R": 1.5, "n_valid": 1},
         "completion_ids": list(found[0].completion_ids),
         "sample": None,
     }
     assert (records[1]["accepted"], records[1]["sample"], records[1]["select"]) == (False, None, {})
+
+
+def verdicts(*found):
+    """A verifier that gives these (agreement, emotion) in turn, and the inputs that it was asked about."""
+    asked = []
+
+    def verify(children):
+        asked.append([child.history[-1][1] for child in children])
+        return [Verdict(agreement=value, emotion=emotion) for value, emotion in found]
+
+    return verify, asked
+
+
+def rows(*replies):
+    return [[(text([("joy", 1.0)], FEAR, reply), 1.0, 0.0)] for reply in replies]
+
+
+def test_the_verifier_rejects_what_it_reads_otherwise_and_its_duplicate_is_free_again():
+    verify, asked = verdicts((0.49, {"joy": 1.0}), (0.5, {"fear": 1.0}), (0.0, {}))
+    step_of_four = step(*rows("Row to the left now.", "Row to the left now!", "Where is Bo?"), None)
+    found = played(step_of_four, verify=verify)
+    # One call with every reply that is acceptable by itself; equal replies are told apart after it.
+    assert asked == [["Row to the left now.", "Row to the left now!", "Where is Bo?"]]
+    assert [c.reason for c in found] == ["verifier", "accepted", "verifier", "lost"]
+    assert [c.select.get("verifier") for c in found] == [0.49, 0.5, 0.0, None]
+    assert found[1].child is not None and found[1].child.gold == {"fear": 0.4, "joy": 0.35}
+
+
+def test_in_the_arm_with_verifier_labels_its_answer_is_the_gold():
+    config = settings(
+        flywheel={"control": "verifier_labels", "verifier": {"weights": "cold"}, "retrain": {"init": "cold"}}
+    )
+    verify, _ = verdicts((0.1, {"anger": 0.75}), (0.0, {}))
+    found = played(step(*rows("Row to the left now.", "Where is Bo?")), verify=verify, config=config)
+    assert [c.reason for c in found] == ["accepted", "verifier"]
+    assert found[0].child is not None and found[0].child.gold == {"anger": 0.75}
+    assert found[0].to_json()["declared"] == {"fear": 0.4, "joy": 0.35}
+
+
+def test_the_verifier_is_not_asked_about_nothing():
+    verify, asked = verdicts()
+    assert [c.reason for c in played(step([("no answer", 0.0, 0.0)]), verify=verify)] == ["no_valid_rollout"]
+    assert asked == []
