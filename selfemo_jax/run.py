@@ -30,7 +30,6 @@ from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
-from selfemo_jax.run_experts import ask_experts
 from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier
 from selfemo_jax.run_resume import (
     check_same_data,
@@ -46,8 +45,8 @@ from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
-from selfemo_jax.train_step import Steps, TrainState
 from selfemo_jax.selfplay.store import Store
+from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
 
@@ -271,6 +270,12 @@ class Run:
             self._save_weights(weights_folder(self.dir, phase), state.params, phase)
         for log in self._logs().values():
             log.flush()
+        if phase.kind == "harvest":
+            # Before the phase is marked: a harvest that may not be trained on is not done.
+            close_harvest(
+                self._records(iteration=phase.iteration), self.data, self.config,
+                name=phase.name, folder=plans.phase_dir(self.dir, phase), log=self.log,
+            )  # fmt: skip
         position = Position(phase=phase.index + 1, step=0, global_step=self.global_step)
         plans.finish(self.dir, phase, self._meta(position, None) | {"steps": self._phase_step})
         self._of_phase.close()
@@ -285,12 +290,6 @@ class Run:
         phase: Phase,
         step: int,
         state: TrainState | None,
-        if phase.kind == "harvest":
-            # Before the phase is marked: a harvest that may not be trained on is not done.
-            close_harvest(
-                self._records(iteration=phase.iteration), self.data, self.config,
-                name=phase.name, folder=plans.phase_dir(self.dir, phase), log=self.log,
-            )  # fmt: skip
         metrics: Mapping[str, float],
         iterator: Mapping[str, Any] | None,
     ) -> None:
@@ -373,6 +372,7 @@ class Run:
         """Finish the last write and release files and devices; errors of the write are raised."""
         self._compiles.close()
         self._flywheel.close()
+        self._of_phase.close()
         self.engine.close()
         self._store.close()
 
@@ -391,7 +391,6 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
         run = Run(config, parts, data, log)
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:
-        self._of_phase.close()
             if resume:
                 with settings_restored_on_error(kept):
                     run.rewind()

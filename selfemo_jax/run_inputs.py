@@ -9,7 +9,6 @@ from typing import Any
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample, shuffle_gold
-from selfemo_jax.data.label_rows import Answered, LabelTable
 from selfemo_jax.data.pipeline import mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, Phase
@@ -70,8 +69,8 @@ def phase_examples(
     codec: TextCodec,
     config: Config,
 ) -> dict[str, tuple[Example, ...]]:
-    """Supervised examples by data set: of the human data or by experts for the cold start, else the accepted
-    best rollouts."""
+    """Supervised examples by data set: of the human data for the cold start, else the accepted best
+    rollouts."""
     if ORIGINAL not in phase.buffer:
         return {SYNTHETIC: _accepted(phase, data, records, config)}
     usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
@@ -99,39 +98,6 @@ def phase_examples(
 
 def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict[str, float]:
     """Share of a batch that each source gets; a harvest gets its share of the buffer, within bounds."""
-def cold_inputs(config: Config, data: RunData) -> dict[str, tuple[Sample, ...]]:
-    """The training inputs that experts are asked about, by data set, fixed by the seed."""
-    number, usable = config.cold_start.num, data.all_train()
-    chosen: dict[str, tuple[Sample, ...]] = {}
-    for name, samples in by_dataset(usable).items():
-        share = None if number is None else max(1, round(number * len(samples) / len(usable)))
-        chosen[name] = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
-    return chosen
-
-
-def _with_experts(data: RunData, codec: TextCodec, config: Config) -> dict[str, tuple[Example, ...]]:
-    written: dict[str, list[Example]] = {}
-    for sample, completion in data.expert_examples:
-        written.setdefault(sample.id, []).append((sample, completion))
-    examples: dict[str, tuple[Example, ...]] = {}
-    for name, samples in cold_inputs(config, data).items():
-        chosen: list[Example] = []
-        for sample in samples:
-            human = sample.reference is not None and bool(sample.reference.labels)
-            if sample.id in written:
-                chosen += written[sample.id]
-            elif config.cold_start.source == "mixed" and human and _fits(sample, codec=codec, config=config):
-                chosen.append((sample, None))
-        if chosen:
-            examples[name] = tuple(chosen)
-    if not examples:
-        raise ValueError(
-            f"cold_start.source {config.cold_start.source}: no expert's answer was accepted and no input has "
-            "a labelled next turn; look at cold_start.jsonl in the run folder"
-        )
-    return examples
-
-
     settings = config.data.mixture
     originals = {name: len(items) for name, items in sources.items() if name != SYNTHETIC}
     num_synthetic = len(sources.get(SYNTHETIC, ()))
@@ -140,10 +106,10 @@ def _with_experts(data: RunData, codec: TextCodec, config: Config) -> dict[str, 
     weights = mixture_weights(
         originals, kind=settings.kind, temperature=settings.temperature, weights=settings.weights
     )
-    if not num_synthetic:
-        return weights
     if config.flywheel.control == "original_only":
         return weights | ({SYNTHETIC: 0.0} if num_synthetic else {})
+    if not num_synthetic:
+        return weights
     share = min(config.flywheel.max_share, num_synthetic / (num_synthetic + sum(originals.values())))
     weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
     least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, config.flywheel.max_share, 0.5)
