@@ -10,7 +10,7 @@ score stand the invalid rate and the score of always answering with the most fre
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def evaluate_splits(
                     say(f"{split}: {len(predictions)}/{len(samples)}, {rate:.1f} inputs/s, eta {left:.0f} s")
         part.replace(path)
         seconds = time.perf_counter() - started
-        scored = score(predictions, data.label_sets, data.majority)
+        scored = score(predictions, data.label_sets, data.majority, data.parts)
         results[split] = {"seconds": seconds, "note": note, "sets": scored}
         atomic_write(folder / f"{split}.json", json.dumps(results[split], indent=1) + "\n")
         print_scores(split, scored, data, note)
@@ -107,7 +107,7 @@ def print_scores(split: str, scored: Mapping[str, Any], data: RunData, note: str
         table.add_column(column, justify="left" if column == "set" else "right")
     for column in ("majority acc", "majority w-F1"):
         table.add_column(column, justify="right")
-    for name, result in scored.items():
+    for name, result, num_labels in _rows(scored, data):
         percent = [result[key] for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1")]
         baseline = result["majority"]
         table.add_row(
@@ -115,11 +115,21 @@ def print_scores(split: str, scored: Mapping[str, Any], data: RunData, note: str
             str(result["num"]),
             *(f"{100 * value:.2f}" for value in percent),
             f"{100 * result['lenient']['weighted_f1']:.2f}",
-            f"{result['num_labels_predicted']}/{len(data.label_sets[name].labels)}",
+            f"{result['num_labels_predicted']}/{num_labels}",
             f"{100 * baseline['accuracy']:.2f}",
             f"{100 * baseline['weighted_f1']:.2f}",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _rows(scored: Mapping[str, Any], data: RunData) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+    """Name, scores and number of labels of each set, and below it of its parts where there are two."""
+    for name, result in scored.items():
+        num_labels = len(data.label_sets[name].labels)
+        yield name, result, num_labels
+        if len(result["parts"]) > 1:
+            for part, of_part in result["parts"].items():
+                yield f"  {part}", of_part, num_labels
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfemo_jax.config import Config
-from selfemo_jax.data.audit import decontaminate
+from selfemo_jax.data.audit import decontaminate, scored_parts
 from selfemo_jax.data.dialogues import Corpus, Dialogue, LabelSet, heaviest_label, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
 
@@ -29,6 +29,9 @@ class RunData:
     """Root dialogue of a training input -> speaker -> persona sentence."""
     majority: Mapping[str, str]
     """Most frequent training label of each set."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Root dialogue of an evaluation input -> shared, clean, scripted or improvised: the part it is scored in
+    beside the whole set, decided before decontamination."""
     fingerprint: str
     """SHA-256 over every input: a run that is resumed must find the same."""
     report: Mapping[str, Any]
@@ -59,6 +62,7 @@ class RunData:
 def load_data(config: Config) -> RunData:
     """Read the configured sets and build their inputs; the data module's errors say which file and line."""
     corpora = {corpus.label_set.name: corpus for corpus in _corpora(config)}
+    parts = scored_parts(corpora)
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
@@ -96,6 +100,7 @@ def load_data(config: Config) -> RunData:
         evaluation=evaluation,
         personas=personas,
         majority=majority,
+        parts=parts,
         fingerprint=_fingerprint(train, evaluation),
         report=report,
         dialogues=dialogues,

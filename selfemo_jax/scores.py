@@ -123,20 +123,36 @@ def encode_prompt(sample: Sample, codec: TextCodec, config: Config, *, persona: 
 
 
 def score(
-    predictions: Sequence[Prediction], label_sets: Mapping[str, LabelSet], majority: Mapping[str, str]
+    predictions: Sequence[Prediction],
+    label_sets: Mapping[str, LabelSet],
+    majority: Mapping[str, str],
+    parts: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of each data set. ``majority`` is its most frequent training label, the baseline beside every
-    score."""
+    score.
+
+    ``parts`` (root dialogue -> name) adds under ``parts`` the same scores of each part of a set, less the
+    confusion. Two systems are compared on the same part, never part with part.
+    """
     results = {}
     for dataset in sorted({prediction.sample.dataset for prediction in predictions}):
         chosen = [prediction for prediction in predictions if prediction.sample.dataset == dataset]
         results[dataset] = _score_set(chosen, label_sets[dataset], majority[dataset])
+        if parts is not None:
+            groups: dict[str, list[Prediction]] = {}
+            for prediction in chosen:
+                groups.setdefault(parts[prediction.sample.root_id], []).append(prediction)
+            results[dataset]["parts"] = {
+                name: _without_confusion(_score_set(group, label_sets[dataset], majority[dataset]))
+                for name, group in sorted(groups.items(), reverse=True)
+            }
     return results
 
 
 def mean_wf1(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """Mean over data sets of strict weighted F1: what selects a checkpoint."""
-    return float(np.mean([result["weighted_f1"] for result in results.values()]))
+    """Mean over data sets of strict weighted F1: what selects a checkpoint; 0 where nothing was scored."""
+    values = [result["weighted_f1"] for result in results.values() if result["num"]]
+    return float(np.mean(values)) if values else 0.0
 
 
 def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: str) -> dict[str, Any]:
@@ -184,6 +200,10 @@ def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: st
         "mean_tokens": float(np.mean([p.num_tokens for p in predictions])),
         "codes": _code_rates(predictions),
     }
+
+
+def _without_confusion(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "confusion"}
 
 
 def _code_rates(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -56,6 +56,26 @@ def loaded(monkeypatch):
     return load
 
 
+def test_parts_are_those_of_the_data_before_decontamination(loaded):
+    scene = ("The ferry leaves at nine in the morning.", "I packed seven coats and one umbrella.", "Good.")
+    turns = tuple(Turn(speaker=s, text=t, labels={"joy": 1.0}) for s, t in zip("ABA", scene, strict=True))
+    found = corpora()["meld"].splits
+    same = [
+        Dialogue(dataset="meld", split=split, dialogue_id="x", turns=turns) for split in ("train", "test")
+    ]
+    meld = make_corpus(
+        MELD,
+        {"train": [*found["train"], same[0]], "dev": found["dev"], "test": [*found["test"], same[1]]},
+    )
+    for decontaminate in (False, True):
+        data = loaded(given={"meld": meld}, decontaminate=decontaminate)
+        kept = any(s.root_id == "meld/train/x" for s in data.train["meld"])
+        assert kept != decontaminate
+        assert data.parts["meld/test/x"] == "shared"
+        assert {s.root_id for split in ("dev", "test") for s in data.split(split)} == data.parts.keys()
+        assert set(data.parts.values()) == {"shared", "clean"}
+
+
 def test_training_inputs_follow_the_rule_and_evaluation_takes_every_labelled_turn(loaded):
     data = loaded()
     assert {name: len(samples) for name, samples in data.train.items()} == {"iemocap": 10, "meld": 30}

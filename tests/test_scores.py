@@ -1,6 +1,7 @@
 """Scores of greedy answers, against counts by hand and against scikit-learn."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,35 @@ def test_data_sets_are_scored_apart_over_their_own_labels():
     assert found["iemocap"]["weighted_f1"] == 1.0 and found["iemocap"]["macro_f1"] == pytest.approx(1 / 6)
     assert list(found["iemocap"]["per_class"]) == list(IEMOCAP.labels)
     assert mean_wf1(found) == pytest.approx((1 + (3 * 0.4 + 2 * 2 / 3) / 6) / 2)
+
+
+def test_parts_of_a_set_are_scored_apart_and_beside_the_whole():
+    predictions = [prediction(gold, said) for gold, said in SIX]
+    roots = [f"meld/test/{number}" for number in (1, 2, 1, 1, 2, 2)]
+    moved = [
+        replace(p, sample=replace(p.sample, root_id=root)) for p, root in zip(predictions, roots, strict=True)
+    ]
+    parts = {"meld/test/1": "clean", "meld/test/2": "shared", "meld/test/3": "clean"}
+    found = score(moved, SETS, MAJORITY, parts)["meld"]
+    assert list(found["parts"]) == ["shared", "clean"]
+    # Shared holds the second, fifth and sixth answer: joy wrong, neutral right, anger invalid.
+    shared = found["parts"]["shared"]
+    assert (shared["num"], shared["accuracy"]) == (3, pytest.approx(1 / 3))
+    assert shared["weighted_f1"] == pytest.approx(1 / 3)
+    assert shared["majority"]["accuracy"] == pytest.approx(1 / 3)
+    clean = found["parts"]["clean"]
+    # joy right, joy outside the list, neutral taken for joy: F1 of joy 2/4, of neutral 0.
+    assert (clean["num"], clean["weighted_f1"]) == (3, pytest.approx(2 * 0.5 / 3))
+    assert "confusion" not in clean
+    whole = score(moved, SETS, MAJORITY)["meld"]
+    assert {name: value for name, value in found.items() if name != "parts"} == whole
+
+
+def test_the_mean_over_sets_leaves_out_empty_ones_and_is_never_nan():
+    assert mean_wf1({}) == 0.0
+    assert mean_wf1({"a": {"num": 0, "weighted_f1": float("nan")}}) == 0.0
+    results = {"a": {"num": 4, "weighted_f1": 0.5}, "b": {"num": 0, "weighted_f1": float("nan")}}
+    assert mean_wf1(results) == 0.5
 
 
 def test_a_label_of_another_list_is_wrong():

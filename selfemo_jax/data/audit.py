@@ -35,6 +35,7 @@ OFFICIAL_OVERLAP = ("iemocap",)
 
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'"})
 _WORD = re.compile(r"[a-z0-9]+")
+_IEMOCAP_KIND = re.compile(r"_(impro|script)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,21 @@ def eval_parts(corpora: Mapping[str, Corpus], *, rule: str = "strict") -> dict[s
     parts = {root_id(dialogue): "clean" for dialogue in evaluation}
     for pair in shared_dialogues(evaluation, training, rule=rule):
         parts[pair.first] = "shared"
+    return parts
+
+
+def scored_parts(corpora: Mapping[str, Corpus]) -> dict[str, str]:
+    """Root id of each dev and test dialogue -> the part that its utterances are scored in, beside the whole.
+
+    IEMOCAP: "scripted" or "improvised", as its scripts are the same in every session, and most scripted lines
+    of its test part are in its training part. All other sets: "shared" or "clean" by `eval_parts`.
+    """
+    parts = eval_parts(corpora)
+    for corpus in corpora.values():
+        if corpus.name == "iemocap":
+            for dialogue in _evaluation(corpus):
+                if kind := _IEMOCAP_KIND.search(dialogue.dialogue_id):
+                    parts[root_id(dialogue)] = {"impro": "improvised", "script": "scripted"}[kind[1]]
     return parts
 
 

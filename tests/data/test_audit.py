@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from selfemo_jax.data import audit
-from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, shared_dialogues
+from selfemo_jax.data.audit import (
+    decontaminate,
+    eval_parts,
+    leakage_warnings,
+    scored_parts,
+    shared_dialogues,
+)
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Dialogue, Turn, load_corpora, make_corpus
 
 A = "The ferry leaves at nine in the morning."
@@ -163,6 +169,22 @@ def test_own_overlap_is_dropped_but_for_sets_that_repeat_scripts_by_design():
     assert decontaminate({"iemocap": acted}, keep_own=())[1]["dropped"] == ["iemocap/train/Ses01"]
 
 
+def test_scored_parts_of_iemocap_are_scripted_and_improvised_whatever_training_repeats():
+    acted = corpus(
+        IEMOCAP,
+        train={"Ses01F_script01_1": [C, D]},
+        test={"Ses05F_script01_1": [C, D], "Ses05M_impro02": [A, B], "odd": [C, D]},
+    )
+    meld = corpus(MELD, train={"0": [A, B]}, test={"1": [A, B], "2": [C]})
+    assert scored_parts({"iemocap": acted, "meld": meld}) == {
+        "iemocap/test/Ses05F_script01_1": "scripted",
+        "iemocap/test/Ses05M_impro02": "improvised",
+        "iemocap/test/odd": "shared",
+        "meld/test/1": "shared",
+        "meld/test/2": "clean",
+    }
+
+
 def test_overlap_inside_a_set_is_a_warning_or_an_error_by_policy():
     meld = corpus(MELD, train={"51": [A, B]}, test={"155": [A, B]})
     assert leakage_warnings(meld) == (
@@ -264,3 +286,18 @@ def test_tool_prints_stats_and_audit_and_saves_them(tmp_path):
     assert (
         wrong.returncode == 2 and "did you mean 'meld'?" in wrong.stderr and "Traceback" not in wrong.stderr
     )
+
+
+def test_real_utterances_in_shared_parts(real):
+    parts = scored_parts(real)
+    counts = {
+        (name, split): sum(len(d.turns) for d in c.splits[split] if parts[audit.root_id(d)] == "shared")
+        for name, c in real.items()
+        for split in ("dev", "test")
+    }
+    assert counts == {
+        ("meld", "dev"): 147,
+        ("meld", "test"): 568,
+        ("emorynlp", "dev"): 271,
+        ("emorynlp", "test"): 199,
+    }
