@@ -74,6 +74,37 @@ class Sampling:
                 raise ValueError(f"Sampling.{name}: expected {expected}, found {getattr(self, name)}")
 
 
+class RolloutError(RuntimeError):
+    """Sampling cannot go on: not a fault of the settings, and never a reward of 0."""
+
+
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, *, vocab_size: int, max_positions: int
+) -> None:
+    """ValueError for a request that cannot be served."""
+    longest = max_positions - sampling.max_tokens
+    seen: set[str] = set()
+    for request in requests:
+        ids, where = request.token_ids, f"request {request.id!r}"
+        if request.id in seen:
+            raise ValueError(f"{where}: the id occurs twice; ids must be distinct in one call")
+        seen.add(request.id)
+        if request.num < 1:
+            raise ValueError(f"{where}: num is {request.num}, expected at least 1")
+        if not 0 <= request.seed < 2**64:
+            raise ValueError(f"{where}: seed is {request.seed}, expected 0 <= seed < 2**64")
+        if not ids:
+            raise ValueError(f"{where}: the prompt is empty; at least one token is needed")
+        if len(ids) > longest:
+            raise ValueError(
+                f"{where}: {len(ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the "
+                f"model's {max_positions} positions; shorten the prompt to {longest}"
+            )
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{where}: token {wrong} is outside the vocabulary of {vocab_size}")
+
+
 class Engine(Protocol):
     """Samples from the newest policy it was given."""
 

@@ -19,7 +19,7 @@ from selfemo_jax.model.decoder import Compute, Params
 from selfemo_jax.model.sharding import check_tp, make_mesh
 from selfemo_jax.rollout.board import Board, Live, Prompt, Row, seat
 from selfemo_jax.rollout.decode import Caches, Programs, programs
-from selfemo_jax.rollout.engine import Completion, Group, Request, Sampling
+from selfemo_jax.rollout.engine import Completion, Group, Request, Sampling, check_requests
 from selfemo_jax.rollout.slots import (
     SHRINK,
     Layout,
@@ -135,35 +135,17 @@ class JaxEngine:
         self._check_open()
         if self._weights is None:
             raise ValueError("JaxEngine.generate: no policy yet; call update_policy first")
-        self._check_requests(requests, sampling)
+        check_requests(
+            requests,
+            sampling,
+            vocab_size=self._config.vocab_size,
+            max_positions=self._config.max_positions,
+        )
         return self._generate(tuple(requests), sampling)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("JaxEngine: the engine is closed; make a new one")
-
-    def _check_requests(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        vocab, longest = self._config.vocab_size, self._config.max_positions - sampling.max_tokens
-        seen: set[str] = set()
-        for request in requests:
-            ids, where = request.token_ids, f"request {request.id!r}"
-            if request.id in seen:
-                raise ValueError(f"{where}: the id occurs twice; ids must be distinct in one call")
-            seen.add(request.id)
-            if request.num < 1:
-                raise ValueError(f"{where}: num is {request.num}, expected at least 1")
-            if not 0 <= request.seed < 2**64:
-                raise ValueError(f"{where}: seed is {request.seed}, expected 0 <= seed < 2**64")
-            if not ids:
-                raise ValueError(f"{where}: the prompt is empty; at least one token is needed")
-            if len(ids) > longest:
-                raise ValueError(
-                    f"{where}: {len(ids)} prompt tokens and max_tokens={sampling.max_tokens} exceed the "
-                    f"model's {self._config.max_positions} positions; shorten the prompt to {longest}"
-                )
-            wrong = next((token for token in ids if not 0 <= token < vocab), None)
-            if wrong is not None:
-                raise ValueError(f"{where}: token {wrong} is outside the vocabulary of {vocab}")
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         if not requests:

@@ -1,9 +1,9 @@
 """Settings of sampling."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from selfemo_jax.settings.numbers import Count, Natural, Positive, Share
+from selfemo_jax.settings.numbers import Bounds, Count, Natural, Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,13 @@ class Sidecar:
     """Seconds until a started server must answer."""
     request_timeout: Positive = 600.0
     """Seconds until a request for rollouts must be answered."""
+    retries: Natural = 3
+    """How often a request that got no answer is asked again; an answer that says no is never."""
+    probes: Annotated[int, Bounds("8 or more", low=8)] = 8
+    """Sequences that trainer and servers both score to prove a refresh."""
+    slope_rollouts: Natural = 32
+    """Rollouts of each version that the trainer also scores under the version before it, for sync/slope; 0
+    saves that copy of the weights."""
     refresh_timeout: Positive = 300.0
     """Seconds for each part of a refresh: stage, pause, apply."""
     max_restarts: Natural = 3
@@ -57,6 +64,9 @@ class Rollout:
     """Of the softmax, for sampling and for the trainer's log-probs alike."""
     max_tokens: Count = 256
     """Longest completion."""
+    seeded: bool = True
+    """Send each request's own seed to the servers; off where seeds of requests cost speed. The JAX engine
+    always uses them."""
     top_k: Natural = 0
     """Must stay 0 (off): truncated sampling breaks the recorded log-probs."""
     top_p: float = 1.0
@@ -71,4 +81,9 @@ class Rollout:
     """Rollout files kept: all, last N or every N."""
     max_lost: Share = 0.05
     """Share of a step's groups that may be lost before the run stops."""
+    gap_warn: Positive | None = 0.005
+    """Mean difference of probabilities between sampler and trainer above which a warning is printed; null:
+    none. A sampler in bfloat16, or one that runs ahead, has more."""
+    gap_stop: Positive | None = 0.05
+    """The same above which the run stops before it saves; null: never."""
     sidecar: Sidecar = field(default_factory=Sidecar)

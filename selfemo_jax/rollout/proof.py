@@ -1,0 +1,130 @@
+"""Is what a server serves version v, or still v-1? Answered from log-probs of the same tokens.
+
+With d = logp(v) - logp(v-1), both by the trainer, and e = served - logp(v-1), the slope <d,e> / <d,d> is 1
+where v is served and 0 where v-1 is. The numeric noise of the two implementations adds to e; its share in the
+slope shrinks with the number of tokens, so an update far below the noise of one token is still seen. Where
+even so it cannot be, the slope abstains and digests of what was applied decide. Whatever decides, what is
+left of the log-probs after v must not exceed the noise: that shows weights of which only a part is new.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SLOPE_BOUND = 0.5
+_SURE = 0.1
+"""Standard error of the slope above which it abstains: five of them part 0 from the bound."""
+NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Standard deviation of one token's log-prob between trainer and server, by the coarser of their types;
+measured on a 100 M parameter model."""
+_RESIDUAL = 5.0
+_FIRST_RESIDUAL = 20.0
+"""Residual that is believed, as a multiple of the noise; wider where no version was proven before it, as the
+noise of this model is not known then."""
+
+
+@dataclass(kw_only=True)
+class Slope:
+    """The two sums of the slope; adding over steps sharpens it."""
+
+    de: float = 0.0
+    dd: float = 0.0
+    num_tokens: int = 0
+
+    def add(self, served: np.ndarray, new: np.ndarray, old: np.ndarray) -> None:
+        """Log-probs of the same tokens: as served, by the trainer under v, and under v-1."""
+        d, e = new.astype(np.float64) - old, served.astype(np.float64) - old
+        self.de += float(d @ e)
+        self.dd += float(d @ d)
+        self.num_tokens += len(d)
+
+    @property
+    def value(self) -> float:
+        """<d,e> / <d,d>; NaN before any difference was seen."""
+        return self.de / self.dd if self.dd > 0 else math.nan
+
+    def is_sure(self, noise: float) -> bool:
+        """Whether the value tells 0 from 1 in spite of this noise of each token's log-prob."""
+        return self.error(noise) <= _SURE
+
+    def error(self, noise: float) -> float:
+        """Standard deviation of the value when each token's log-prob has this noise."""
+        return noise / math.sqrt(self.dd) if self.dd > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a refresh is proven, and by what."""
+
+    proven: bool
+    decided_by: str
+    """slope or digests."""
+    words: str
+    slope: float = math.nan
+    residual: float = math.nan
+    """Root mean square of served - logp(v), per token."""
+    num_tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def judge(
+    served: Sequence[np.ndarray],
+    new: Sequence[np.ndarray],
+    old: Sequence[np.ndarray] | None,
+    *,
+    noise: float,
+    digests_agree: bool,
+    generated: Sequence[tuple[float, float]] = (),
+) -> Verdict:
+    """The verdict on probes: log-probs as served, by the trainer under v, and under v-1 (None at the first
+    version). ``generated`` are (served, trainer) log-probs of tokens sampled after the probes: they come by
+    the cache of prompts, which the scores of prompts do not use."""
+    left = np.concatenate(served).astype(np.float64) - np.concatenate(new)
+    decoded = np.array([a - b for a, b in generated])
+    residual = float(np.sqrt(np.mean(left**2)))
+    worst = float(np.abs(decoded).max()) if len(decoded) else 0.0
+    slope = Slope()
+    for index in range(len(served)) if old is not None else ():
+        slope.add(served[index], new[index], old[index])
+    error = slope.error(noise)
+    abstains = not slope.is_sure(noise)
+    limit = (_RESIDUAL if old is not None else _FIRST_RESIDUAL) * noise
+    problems = []
+    if not abstains and not slope.value > SLOPE_BOUND:
+        problems.append(
+            f"the slope of the served log-probs towards the new version is {slope.value:.3f}, expected above "
+            f"{SLOPE_BOUND} (1 is the new version, 0 the one before it)"
+        )
+    if not residual <= limit:
+        problems.append(
+            f"served log-probs differ from the trainer's by {residual:.2e} (root mean square), expected at "
+            f"most {limit:.0e}"
+        )
+    # The largest of a few single tokens: a wider bound, yet far below what an old cache does.
+    if not worst <= 4 * limit:
+        problems.append(
+            f"tokens sampled after a probe differ by up to {worst:.2e}, expected at most {4 * limit:.0e}: "
+            "their prompts may have been read from a cache of other weights"
+        )
+    if not digests_agree:
+        problems.append("the digests of what was applied are not those of what was published")
+    by = "digests" if abstains else "slope"
+    # An update below the noise must not look like a proof by log-probs.
+    unsure = f"; the update moves them too little for the slope (its error would be {error:.2g})"
+    words = "; ".join(problems) or f"proven by {by}{unsure if abstains and old is not None else ''}"
+    return Verdict(
+        proven=not problems,
+        decided_by=by,
+        words=words,
+        slope=slope.value,
+        residual=residual,
+        num_tokens=len(left),
+        metrics={
+            "sync/canary_slope": slope.value,
+            "sync/canary_error": error if math.isfinite(error) else math.nan,
+            "sync/residual": residual,
+            "sync/by_digests": float(abstains),
+        },
+    )

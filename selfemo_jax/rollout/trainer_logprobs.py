@@ -1,0 +1,81 @@
+"""The trainer's log-probs of given sequences, for comparison with what a server says."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Compute, Params, forward, token_logprobs
+from selfemo_jax.model.sharding import batch_sharding
+
+_ROW_MULTIPLE = 64
+_BATCH_TOKENS = 8192
+_BUDGET_BYTES = 256 * 2**20
+
+
+class TrainerLogprobs:
+    """Scores whole sequences with one forward pass; compiled once per padded length. To be called from one
+    thread: programs of one mesh that two threads start can wait for each other."""
+
+    def __init__(self, model: ModelConfig, compute: Compute, mesh: Mesh):
+        self._rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._most = model.max_positions
+        place = batch_sharding(mesh, ndim=2)
+        hidden_sharding = batch_sharding(mesh, ndim=3)
+
+        @functools.partial(jax.jit, static_argnames="temperature", in_shardings=(None, place, place, place))
+        def score(params, tokens, targets, segment_ids, *, temperature):
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            hidden = forward(
+                params,
+                model,
+                compute,
+                tokens=tokens,
+                positions=positions,
+                segment_ids=segment_ids,
+                prefix_ids=jnp.full_like(tokens, -1),
+                sharding=hidden_sharding,
+            )
+            return token_logprobs(
+                params,
+                model,
+                compute,
+                hidden,
+                targets,
+                temperature=temperature,
+                budget_bytes=_BUDGET_BYTES * self._rows,
+            )[0]
+
+        self._score = score
+
+    def __call__(
+        self,
+        params: Params,
+        sequences: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int] | None = None,
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        """log p of tokens ``starts[i]``, ... of each sequence (1 by default) given those before it,
+        float32."""
+        starts = [1] * len(sequences) if starts is None else starts
+        longest = max((len(ids) for ids in sequences), default=2)
+        columns = min(-(-(longest - 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE, max(self._most, longest - 1))
+        rows = max(self._rows, _BATCH_TOKENS // columns // self._rows * self._rows)
+        rows = min(rows, -(-len(sequences) // self._rows) * self._rows)
+        found = []
+        for begin in range(0, len(sequences), rows):
+            part = sequences[begin : begin + rows]
+            tokens = np.zeros((rows, columns + 1), np.int32)
+            segments = np.ones((rows, columns), np.int32)
+            for row, ids in enumerate(part):
+                tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 0
+            scores = np.asarray(
+                self._score(params, tokens[:, :-1], tokens[:, 1:], segments, temperature=temperature)
+            )
+            found += [scores[row, starts[begin + row] - 1 : len(ids) - 1] for row, ids in enumerate(part)]
+        return found

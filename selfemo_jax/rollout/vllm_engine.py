@@ -1,0 +1,379 @@
+"""Rollouts from vLLM servers: token ids in, groups out, by the contract of `rollout/engine.py`.
+
+`update_policy` publishes the weights, refreshes every server and proves it; until then no request is
+admitted, and afterwards each completion must name the version that its request was admitted under. A server
+that dies is started again, given the current version, and its requests are asked again: a lost server never
+becomes a reward. Equal samples across engines are not claimed, only equal distributions.
+"""
+
+import functools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tenacity
+
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Params
+from selfemo_jax.rollout.admission import Gate, check_versions
+from selfemo_jax.rollout.engine import Completion, Group, Request, RolloutError, Sampling, check_requests
+from selfemo_jax.rollout.fleet import Fleet, Processes, deal
+from selfemo_jax.rollout.proof import SLOPE_BOUND, Slope, Verdict
+from selfemo_jax.rollout.publish import Published, Publisher, snapshot
+from selfemo_jax.rollout.refresh import (
+    NotStagedError,
+    Probes,
+    RefreshError,
+    apply_on,
+    prove,
+    stage_on,
+    timed,
+)
+from selfemo_jax.rollout.server_api import Refused, Rejected, Server, ServerError, Unreachable
+from selfemo_jax.rollout.trainer_logprobs import TrainerLogprobs
+from selfemo_jax.settings.rollout import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What the servers serve."""
+
+    published: Published
+    source_step: int
+    """The trainer's name of it, which completions carry."""
+    params: Params
+    logprobs: tuple[np.ndarray, ...]
+    """The trainer's, of the probes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ticket:
+    server: Server
+    version: int
+    source_step: int
+    epoch: int
+
+
+class VllmEngine:
+    """See the module. Close it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        settings: Rollout,
+        *,
+        start: Callable[[], Processes],
+        publisher: Publisher,
+        logprobs: TrainerLogprobs,
+        probes: Sequence[Sequence[int]],
+        dtype: str,
+        noise: float,
+        say: Callable[[str], None] = print,
+    ):
+        """``start`` starts the servers; it runs beside whatever comes before the first refresh. ``dtype`` is
+        the serving type, ``noise`` that of one token's log-prob between trainer and server, raised to what
+        the first refresh shows."""
+        self._model, self._settings, self._dtype, self._noise = model, settings, dtype, noise
+        self._publisher, self._logprobs, self._say = publisher, logprobs, say
+        self._probes = tuple(tuple(ids) for ids in probes)
+        self._fleet = Fleet(start, settings.sidecar, say=say)
+        self._serving: Serving | None = None
+        self._before: Params | None = None
+        self._slope = Slope()
+        self._recent: list[tuple[tuple[int, ...], Completion, float]] = []
+        self._rolled_back = False
+        self._control = threading.RLock()
+        self._gate = Gate()
+        self._turn = 0
+        self._counts: Counter[str] = Counter()
+        self._metrics: dict[str, float] = {}
+        self._closed = False
+
+    # The contract
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        """One group per request as they complete; ValueError for a request that cannot be served, before
+        anything is sampled. RolloutError where the servers are lost for good."""
+        self._check_open()
+        if self._serving is None:
+            raise ValueError("VllmEngine.generate: no policy yet; call update_policy first")
+        if sampling.top_k or sampling.top_p != 1:
+            raise ValueError(
+                f"VllmEngine: top_k {sampling.top_k} and top_p {sampling.top_p}: vLLM reports log-probs of "
+                "the truncated distribution, which are not the policy's; set them to 0 and 1"
+            )
+        check_requests(
+            requests,
+            sampling,
+            vocab_size=self._model.vocab_size,
+            max_positions=self._model.max_positions,
+        )
+        return self._generate(tuple(requests), sampling)
+
+    def update_policy(self, params: Params, *, version: int) -> None:
+        """Publish ``params`` and serve them from now on, proven. RefreshError where that fails, unless
+        `rollout.sidecar.on_unproven` is rollback and the last proven version serves again."""
+        self._check_open()
+        self._fleet.wait()
+        self._settle_slope()
+        fresh = snapshot(params, dtype=self._dtype)
+        with self._control:
+            if self._serving is not None and bool(_all_equal(self._serving.params, fresh)):
+                self._serving = replace(self._serving, source_step=version)
+                return
+            try:
+                self._refresh(fresh, version)
+            except RolloutError as error:
+                self._gate.fail(str(error))
+                raise
+
+    def close(self) -> None:
+        """End the servers that are ours; running requests fail."""
+        self._closed = True
+        self._gate.fail("the engine was closed")
+        self._fleet.close()
+        self._publisher.close()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Counters and times since the last call, and the slope of all rollouts so far."""
+        with self._control:
+            found = self._metrics | {f"rollout/{name}": float(n) for name, n in self._counts.items()}
+            self._metrics, self._counts = {}, Counter()
+        if self._slope.num_tokens:
+            found |= {"sync/slope": self._slope.value, "sync/slope_error": self._slope.error(self._noise)}
+        return found
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("VllmEngine: the engine is closed; make a new one")
+
+    # Requests
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
+        if not requests:
+            return
+        # The longest first, so that none of them is left over at the end.
+        ordered = sorted(requests, key=lambda request: -len(request.token_ids))
+        group = max(request.num for request in requests)
+        at_once = max(1, -(-self._settings.max_rows // group)) * len(self._fleet.servers)
+        pool = ThreadPoolExecutor(min(at_once, len(requests)), thread_name_prefix="rollout")
+        try:
+            futures = [pool.submit(self._ask, request, sampling) for request in ordered]
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, request: Request, sampling: Sampling) -> Group:
+        seen = 0
+
+        def recover(state: tenacity.RetryCallState) -> None:
+            self._count("retries")
+            error = state.outcome.exception() if state.outcome else None
+            self._recover(seen, str(error))
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(1 + self._settings.sidecar.retries),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+            retry=tenacity.retry_if_exception_type(Unreachable),
+            before_sleep=recover,
+            reraise=True,
+        )
+        completions: tuple[Completion, ...] = ()
+        try:
+            for attempt in retrying:
+                with attempt, self._ticket() as ticket:
+                    seen = ticket.epoch
+                    completions = self._answer(ticket, request, sampling)
+            self._keep(request, completions, sampling)
+            return Group(request_id=request.id, completions=completions)
+        except Rejected as error:
+            self._count(error.kind)
+            return Group(request_id=request.id, error=str(error))
+        except ServerError as error:
+            self._count("refused" if isinstance(error, Refused) else "unanswered")
+            return Group(request_id=request.id, error=str(error))
+
+    def _answer(self, ticket: _Ticket, request: Request, sampling: Sampling) -> tuple[Completion, ...]:
+        try:
+            answers = ticket.server.generate(request, sampling, seeded=self._settings.seeded)
+        except Refused as error:
+            if error.status >= 500 and self._fleet.is_dying(ticket.server):
+                raise Unreachable(str(error)) from error
+            raise
+        for _, versions in answers:
+            check_versions(versions, ticket.version, request.id)
+        return tuple(replace(found, policy_versions=(ticket.source_step,)) for found, _ in answers)
+
+    @contextmanager
+    def _ticket(self) -> Iterator[_Ticket]:
+        limit = self._settings.sidecar.request_timeout + self._settings.sidecar.start_timeout
+        with self._gate.admitted(limit):
+            serving = self._serving
+            assert serving is not None
+            self._turn += 1
+            yield _Ticket(
+                server=deal(self._fleet.servers, self._turn),
+                version=serving.published.version,
+                source_step=serving.source_step,
+                epoch=self._fleet.epoch,
+            )
+
+    def _recover(self, epoch: int, reason: str) -> None:
+        """Bring the servers back after a request got no answer; one thread does it, the others wait."""
+        with self._control:
+            if self._fleet.epoch != epoch or self._closed or not self._fleet.sick():
+                return
+            assert self._serving is not None
+            self._gate.close()
+            began = time.perf_counter()
+            try:
+                self._bring_back(self._serving.published, reason)
+                self._prove_again(self._serving)
+            except RolloutError as error:
+                self._gate.fail(str(error))
+                raise
+            self._metrics["rollout/recovery_s"] = time.perf_counter() - began
+            self._gate.open()
+
+    def _bring_back(self, published: Published, reason: str) -> None:
+        self._count("restarts")
+        self._fleet.bring_back(published, reason)
+
+    def _count(self, name: str) -> None:
+        with self._control:
+            self._counts[name] += 1
+
+    # Refresh
+
+    def _refresh(self, fresh: Params, version: int) -> None:
+        seconds: dict[str, float] = {}
+        began = time.perf_counter()
+        pending = self._publisher.start(fresh, source_step=version)
+        # While the files are written.
+        new = tuple(self._logprobs(fresh, self._probes))
+        published = pending.result()
+        seconds["publish"] = time.perf_counter() - began
+        earlier = self._serving
+        probes = Probes(sequences=self._probes, new=new, old=earlier.logprobs if earlier else None)
+        try:
+            verdict = self._take(fresh, published, probes, seconds)
+        except NotStagedError as error:
+            verdict = Verdict(proven=False, decided_by="stage", words=str(error))
+        self._metrics |= {f"sync/{name}_s": value for name, value in seconds.items()}
+        self._metrics |= verdict.metrics | {"sync/version": float(published.version)}
+        if not verdict.proven:
+            self._unproven(version, verdict, earlier)
+            return
+        if earlier is None:
+            self._noise = max(self._noise, verdict.residual)
+            words = f"{len(self._fleet.servers)} servers, {sum(map(len, self._probes))} probe tokens"
+            self._say(f"rollout: first refresh of {words}: {verdict.words}, residual {verdict.residual:.1e}")
+        self._before = earlier.params if earlier and self._settings.sidecar.slope_rollouts else None
+        self._serving = Serving(published=published, source_step=version, params=fresh, logprobs=new)
+        self._recent, self._rolled_back = [], False
+        kept = {published.version, *((earlier.published.version,) if earlier else ())}
+        self._publisher.clean(protect=kept)
+        self._gate.open()
+
+    def _take(
+        self, fresh: Params, published: Published, probes: Probes, seconds: dict[str, float]
+    ) -> Verdict:
+        """Stage, apply and prove; a server that dies on the way is started again and given the version."""
+
+        def continued(sequences, sampled):
+            whole = [(*ids, *more) for ids, more in zip(sequences, sampled, strict=True)]
+            return self._logprobs(fresh, whole, starts=[len(ids) for ids in sequences])
+
+        limit = self._settings.sidecar.request_timeout
+        try:
+            seconds["stage"] = stage_on(self._fleet.servers, published)
+            # Requests under way finish on the version that they were admitted under.
+            timed(seconds, "drain", lambda: self._gate.drain(limit))
+            seconds |= apply_on(self._fleet.servers, published)
+        except ServerError as error:
+            self._gate.close()
+            self._bring_back(published, str(error))
+        try:
+            result = prove(self._fleet.servers, published, probes, noise=self._noise, continued=continued)
+        except ServerError as error:
+            self._bring_back(published, str(error))
+            result = prove(self._fleet.servers, published, probes, noise=self._noise, continued=continued)
+        seconds |= result.seconds
+        return result.verdict
+
+    def _unproven(self, version: int, verdict: Verdict, earlier: Serving | None) -> None:
+        words = f"the refresh of the servers to the policy of step {version} is not proven: {verdict.words}"
+        if self._settings.sidecar.on_unproven == "stop" or earlier is None or self._rolled_back:
+            again = "; the one before it was rolled back" if self._rolled_back else ""
+            raise RefreshError(f"{words}{again}. No rollout was sampled from it")
+        self._say(f"rollout: {words}; going back to the policy of step {earlier.source_step}")
+        self._count("rollbacks")
+        self._rolled_back = True
+        if verdict.decided_by != "stage":
+            try:
+                stage_on(self._fleet.servers, earlier.published)
+                apply_on(self._fleet.servers, earlier.published)
+            except ServerError as error:
+                self._bring_back(earlier.published, str(error))
+            self._prove_again(earlier)
+        self._gate.open()
+
+    def _prove_again(self, serving: Serving) -> None:
+        """A version that was proven before is served again: digests decide, and the residual."""
+        probes = Probes(sequences=self._probes, new=serving.logprobs)
+        result = prove(self._fleet.servers, serving.published, probes, noise=self._noise, continued=None)
+        if not result.verdict.proven:
+            raise RefreshError(
+                f"version {serving.published.version} was given to the servers again and is not proven: "
+                f"{result.verdict.words}"
+            )
+
+    # The slope of rollouts
+
+    def _keep(self, request: Request, completions: Sequence[Completion], sampling: Sampling) -> None:
+        """Note rollouts of the version now served, to be scored by the trainer before the next one."""
+        with self._control:
+            serving = self._serving
+            room = self._settings.sidecar.slope_rollouts - len(self._recent)
+            if self._before is None or serving is None or sampling.temperature == 0 or room <= 0:
+                return
+            self._recent += [
+                (request.token_ids, found, sampling.temperature)
+                for found in completions[:room]
+                if found.policy_versions == (serving.source_step,)
+            ]
+
+    def _settle_slope(self) -> None:
+        with self._control:
+            recent, self._recent = self._recent, []
+            serving, before = self._serving, self._before
+        if not recent or serving is None or before is None:
+            return
+        score = functools.partial(
+            self._logprobs,
+            sequences=[(*prompt, *found.token_ids) for prompt, found, _ in recent],
+            starts=[len(prompt) for prompt, _, _ in recent],
+            temperature=recent[0][2],
+        )
+        new, old = score(serving.params), score(before)
+        for (_, found, _), after, ahead in zip(recent, new, old, strict=True):
+            self._slope.add(np.array(found.logprobs), after, ahead)
+        if self._slope.is_sure(self._noise) and not self._slope.value > SLOPE_BOUND:
+            raise RefreshError(
+                f"the slope of {self._slope.num_tokens} rollout tokens towards their own version is "
+                f"{self._slope.value:.3f}, expected above {SLOPE_BOUND}: the servers sampled them from older "
+                "weights than they say"
+            )
+
+
+@jax.jit
+def _all_equal(a: Params, b: Params) -> jax.Array:
+    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.all(x == y), a, b))).all()
