@@ -1,10 +1,11 @@
 """The environment of the vLLM sidecar, and the sidecar by hand.
 
-    python tools/vllm_sidecar.py setup [--cpu | --cuda] [--dir .venv-vllm]     build the environment, and prove it
+    python tools/vllm_sidecar.py setup [--cpu | --cuda] [--dir .venv-vllm]    build the environment
     SELFEMO_SIDECAR_KEY=... python tools/vllm_sidecar.py serve MODEL --weights_root DIR [--port 8000] [...]
 
-A run with `rollout.engine: vllm` starts its own servers; `serve` is for a server that several runs attach to, or
-that lives on another machine; `serve MODEL --help` lists its options. The trainer needs neither vllm nor torch.
+A run with `rollout.engine: vllm` starts its own servers; `serve` is for a server that several runs attach to,
+or that lives on another machine; `serve MODEL --help` lists its options. The trainer's environment needs
+neither vllm nor torch.
 
 Exit status: 0 done, 2 an error that the message explains; `serve` ends with the server's.
 """
