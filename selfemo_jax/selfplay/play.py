@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from selfemo_jax.config import Flywheel
+from selfemo_jax.config import Config, Flywheel
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.data.prompts import Prompt, encode_history
-from selfemo_jax.selfplay.flywheel import Candidate
+from selfemo_jax.rollout.engine import Engine, Sampling
+from selfemo_jax.rollout.stream import generate_groups, make_requests
+from selfemo_jax.scoring import Scorer, score_groups
+from selfemo_jax.selfplay.flywheel import Candidate, Personas, harvest
+from selfemo_jax.selfplay.hygiene import ReplyIndex
 
 TOO_LONG = "too_long"
 """Reason of a reply that no prompt can hold."""
@@ -121,7 +125,6 @@ def records_of(
     return [
         {
             "turn": turn.number,
-            "depth": candidate.parent.depth + 1,
             **candidate.to_json(),
             "line_ids": list(line_ids(candidate.child, codec, style=style)) if candidate.child else [],
         }
@@ -132,6 +135,44 @@ def records_of(
 def line_ids(sample: Sample, codec: TextCodec, *, style: str) -> tuple[int, ...]:
     """Ids of the last line of an input's history, as its prompt and every later one hold them."""
     return encode_history(sample.history, codec, style=style)[-1]
+
+
+def play_out(
+    engine: Engine,
+    opening: Sequence[Sample],
+    codec: TextCodec,
+    config: Config,
+    scorer: Scorer,
+    encode: Encode,
+    personas: Personas,
+    *,
+    num_classes: int,
+    seed: int,
+) -> Iterator[tuple[Turn, list[Candidate]]]:
+    """The turns of a play without a run: the judged candidates of each step as they come. Nothing is
+    stored."""
+    wheel = config.flywheel
+    index = ReplyIndex(threshold=wheel.hygiene.near_duplicate)
+    sampling = Sampling(
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        stop_ids=codec.stop_ids,
+    )
+    records: list[dict[str, Any]] = []
+    for turn in turns(opening, lambda: records, wheel):
+        for step, batch in enumerate(turn.batches(encode), start=turn.first):
+            num = config.rl.group_size
+            requests = make_requests(batch, num=num, global_step=step, seed=seed, phase=0, step=step)
+            groups = generate_groups(engine, requests, sampling)
+            samples, prompts = zip(*batch.items, strict=True)
+            scored = score_groups(
+                samples, prompts, groups, codec, scorer, config,
+                num_classes=num_classes, step=1, total_steps=1,
+            )  # fmt: skip
+            candidates = harvest(scored, config, index, personas, iteration=1, policy_version=0)
+            candidates = without_misfits(candidates, encode)
+            records.extend(records_of(candidates, turn, codec, style=config.output.prompt_style))
+            yield turn, candidates
 
 
 def accepted_replies(records: Iterable[Record]) -> Iterator[str]:
