@@ -1,0 +1,207 @@
+// Curves by uPlot: one run is coloured by metric, several are coloured by run and dashed by metric.
+
+const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 5], [1, 5], [12, 6], [3, 6]];
+const SMOOTHING = { none: 0, light: 0.6, strong: 0.9 };
+let smoothing = SMOOTHING.light;
+const drawn = new Set();
+
+function colour(place) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--c${place % 8}`).trim();
+}
+
+function tone(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+const CHARTS = [
+  ["Scores on dev", [
+    ["Weighted F1 on dev (strict)", /^dev\/(.+\/)?wf1$/],
+    ["Accuracy on dev", /^dev\/.+\/accuracy$/],
+    ["Reward r1 on dev, greedy", /^dev\/.+\/r1$/],
+    ["Invalid answers on dev", /^dev\/.+\/invalid$/],
+  ]],
+  ["Reward parts", [
+    ["Reward and its parts", ["reward/total", "reward/r1", "reward/r2", "reward/lambda"]],
+    ["r1 by data set", /^reward\/r1\/(?!original$|synthetic$)/],
+    ["r1 by origin of the input", ["reward/r1/original", "reward/r1/synthetic"]],
+    ["Consensus inside the groups", ["group/zero_variance", "group/share_r2_only", "group/core_excludes_gold", "reward/r1_r2_correlation"]],
+  ]],
+  ["Loss", [
+    ["Loss of supervised phases (nll)", ["nll"]],
+    ["Policy loss", ["policy_loss"]],
+    ["Gradient norm", ["grad_norm"]],
+    ["Learning rate", ["lr"]],
+  ]],
+  ["Answers", [
+    ["Valid answers", ["parse/valid", "completion/stopped"]],
+    ["Errors of the grammar, share of rollouts", /^parse\/E_/],
+    ["Warnings of the grammar, share of rollouts", /^parse\/W_/],
+    ["Tokens of a completion", ["completion/tokens_mean", "completion/tokens_max"]],
+    ["Labels of an answer", ["answer/num_labels"]],
+  ]],
+  ["Entropy", [["Entropy of the policy, nats a token", /^entropy/]]],
+  ["Drift", [
+    ["KL to the frozen reference", ["kl"]],
+    ["Step of the policy inside a batch", ["ppo_kl", "clip_fraction", "clip_fraction_dual"]],
+    ["Sampler against trainer", /^rollout_gap\/|^sync\//],
+    ["Labels of self-play against human ones", /drift|divergence/],
+  ]],
+  ["Self-play and data", [
+    ["Outcome of a harvest's prompts, share", /^harvest\/(?!depth)/],
+    ["Live dialogues and depth", /^(play\/|harvest\/depth)/],
+    ["Share of the batch", /^data\//],
+    ["Lost groups", ["group/lost", "sync/dropped"]],
+  ]],
+  ["Speed", [
+    ["Tokens trained per second", ["perf/tokens_per_s"]],
+    ["Seconds of a step by part", /^time\/(?!step$)/],
+    ["Seconds of a step", ["time/step"]],
+    ["Padding share and compilations", ["batch/padding_share", "compile/count"]],
+  ]],
+];
+
+function metricNames(runs) {
+  return [...new Set(runs.flatMap((run) => Object.keys(run.curves.series)))];
+}
+
+function chosenMetrics(rule, names, runs) {
+  const found = Array.isArray(rule) ? rule.filter((name) => names.includes(name)) : names.filter((name) => rule.test(name));
+  if (found.length <= 8) return found;
+  const mean = (name) => Math.max(...runs.map((run) => {
+    const known = (run.curves.series[name] || []).filter((value) => value !== null).map(Math.abs);
+    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : 0;
+  }));
+  return found.map((name) => [mean(name), name]).sort((a, b) => b[0] - a[0]).slice(0, 8).map((pair) => pair[1]);
+}
+
+function curveSections(runs) {
+  const names = metricNames(runs);
+  const groups = [];
+  for (const [title, charts] of CHARTS) {
+    const figures = charts.map(([caption, rule]) => {
+      const metrics = chosenMetrics(rule, names, runs);
+      return metrics.length ? chart(caption, metrics, runs) : null;
+    }).filter(Boolean);
+    if (figures.length) groups.push(h("div", {}, h("h3", { id: slug(title) }, title), h("div", { class: "grid" }, figures)));
+  }
+  const any = h("div", { class: "grid wide" });
+  const show = (name) => any.replaceChildren(chart(name, [name], runs));
+  const pick = field("Any metric", choice("metric", names.sort(), show));
+  const smooth = field("Smoothing", choice("smoothing", Object.keys(SMOOTHING), (name) => {
+    smoothing = SMOOTHING[name];
+    for (const redraw of drawn) redraw();
+  }, "light"));
+  if (names.length) show(names[0]);
+  return [h("div", { class: "controls" }, smooth), groups, h("div", {}, h("h3", {}, "Any metric"), pick, any)];
+}
+
+function slug(title) {
+  return title.toLowerCase().replace(/[^a-z]+/g, "-");
+}
+
+function chart(caption, metrics, runs) {
+  const box = h("div", { class: "chart" });
+  const figure = panel(caption, runs, box);
+  let plot = null;
+  const draw = () => {
+    if (!figure.isConnected && plot) { drawn.delete(draw); return; }
+    if (plot) plot.destroy();
+    plot = plotCurves(box, metrics, runs);
+  };
+  lazily(box, () => {
+    draw();
+    drawn.add(draw);
+    let width = box.clientWidth;
+    new ResizeObserver(() => {
+      if (box.clientWidth && box.clientWidth !== width && plot) {
+        width = box.clientWidth;
+        plot.setSize({ width, height: 230 });
+      }
+    }).observe(box);
+  });
+  return figure;
+}
+
+function smoothed(values) {
+  let last = null;
+  return values.map((value) => {
+    if (typeof value !== "number") return value;
+    last = last === null ? value : smoothing * last + (1 - smoothing) * value;
+    return last;
+  });
+}
+
+// Steps where none of the metrics was logged are left out, so that a curve fills its chart.
+function tableOf(run, metrics) {
+  const all = metrics.map((name) => run.curves.series[name] || []);
+  const kept = run.curves.steps.map((_, place) => place).filter((place) => all.some((values) => typeof values[place] === "number"));
+  return [kept.map((place) => run.curves.steps[place]), ...all.map((values) => kept.map((place) => values[place] ?? null))];
+}
+
+function plotCurves(box, metrics, runs) {
+  const single = runs.length === 1;
+  const series = [{ label: "step" }], tables = [];
+  runs.forEach((run, place) => {
+    const [steps, ...values] = tableOf(run, metrics);
+    const columns = [steps];
+    values.forEach((one, index) => {
+      const known = one.filter((value) => typeof value === "number").length;
+      if (!known) return;
+      const smooth = smoothing > 0 && known > 30;
+      const stroke = colour(single ? index : place);
+      const dash = single ? [] : DASHES[index % DASHES.length];
+      const label = single ? metrics[index] : metrics.length > 1 ? `${run.label}: ${metrics[index]}` : run.label;
+      if (smooth) {
+        columns.push(one);
+        series.push({ label: "", stroke: `${stroke}44`, width: 1, spanGaps: true, points: { show: false }, raw: true });
+      }
+      columns.push(smooth ? smoothed(one) : one);
+      series.push({ label, stroke, width: 1.75, dash, spanGaps: true, points: { show: known < 30, size: 5, fill: stroke },
+        value: (_, value) => short(value) });
+    });
+    if (columns.length > 1) tables.push(columns);
+  });
+  const data = tables.length > 1 ? uPlot.join(tables) : tables[0] || [[], []];
+  const axis = { stroke: tone("--muted"), grid: { stroke: tone("--line"), width: 1 }, ticks: { stroke: tone("--line"), width: 1, size: 4 },
+    font: "12px system-ui, sans-serif" };
+  const options = {
+    width: box.clientWidth || 320, height: 230, series,
+    scales: { x: { time: false } },
+    axes: [{ ...axis, size: 32 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(+tick.toPrecision(6))) }],
+    cursor: { points: { size: 6 }, drag: { x: true, y: false, dist: 6 } },
+    legend: { live: true },
+    hooks: { drawAxes: [(plot) => drawPhases(plot, runs[0])] },
+  };
+  const plot = new uPlot(options, data, box);
+  const rows = plot.root.querySelectorAll(".u-legend .u-series");
+  series.forEach((one, index) => { if (one.raw && rows[index]) rows[index].style.display = "none"; });
+  return plot;
+}
+
+function drawPhases(plot, run) {
+  const context = plot.ctx, { left, top, width, height } = plot.bbox;
+  context.save();
+  context.strokeStyle = tone("--muted");
+  context.fillStyle = tone("--muted");
+  context.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+  context.setLineDash([3 * devicePixelRatio, 4 * devicePixelRatio]);
+  let free = left;
+  for (const phase of run.phases) {
+    const x = plot.valToPos(phase.first, "x", true);
+    if (x > left + 1 && x < left + width) {
+      context.beginPath();
+      context.moveTo(x, top);
+      context.lineTo(x, top + height);
+      context.stroke();
+    }
+    const from = Math.max(x, left), space = context.measureText(phase.name).width;
+    const until = plot.valToPos(phase.last, "x", true);
+    if (until > from && from >= free && from + space + 8 < left + width) {
+      context.fillText(phase.name, from + 4, top + 11 * devicePixelRatio);
+      free = from + space + 8;
+    }
+  }
+  context.restore();
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const redraw of drawn) redraw(); });

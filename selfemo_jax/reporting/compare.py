@@ -1,0 +1,54 @@
+"""Tables over several runs: each against the first, and means over seeds of the same settings."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from selfemo_jax.reporting.reading import number
+from selfemo_jax.reporting.runs import RunReport
+from selfemo_jax.reporting.scores import compare, holm
+
+NOT_SETTINGS = ("seed", "run_dir", "time_limit", "note", "platform")
+"""What may differ between runs that count as seeds of one another."""
+
+
+def comparisons(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
+    """Every run against the first on each split and data set that both answered; both families of p-values
+    are Holm-corrected over the whole table."""
+    rows = []
+    for place, run in enumerate(runs[1:], start=1):
+        for score in runs[0].summary["scores"]:
+            split, name = score["split"], score["set"]
+            sides = [
+                [p for p in side.predictions.get(split, ()) if p.get("dataset") == name]
+                for side in (runs[0], run)
+            ]
+            found = compare(*sides, score["labels"])
+            if found is not None:
+                rows.append({"first": 0, "second": place, "split": split, "set": name, **found})
+    for family in ("p_bootstrap", "p_mcnemar"):
+        for row, adjusted in zip(rows, holm([row[family] for row in rows]), strict=True):
+            row[f"{family}_holm"] = number(adjusted, 5)
+    return rows
+
+
+def seed_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the scores of runs whose settings differ in the seed alone."""
+    groups: dict[tuple, list[int]] = {}
+    for place, run in enumerate(runs):
+        settings = {k: v for k, v in run.summary["settings"].items() if k not in NOT_SETTINGS}
+        groups.setdefault(tuple(sorted(settings.items())), []).append(place)
+    rows = []
+    for members in groups.values():
+        if len({runs[place].summary["settings"].get("seed") for place in members}) < 2:
+            continue
+        scored = [{(s["split"], s["set"]): s for s in runs[place].summary["scores"]} for place in members]
+        for split, name in scored[0]:
+            row: dict[str, Any] = {"runs": members, "split": split, "set": name}
+            for key in ("accuracy", "weighted_f1", "macro_f1"):
+                values = [found[split, name][key] for found in scored if (split, name) in found]
+                known = [value for value in values if value is not None]
+                if len(known) > 1:
+                    row[key] = [number(statistics.mean(known)), number(statistics.stdev(known)), len(known)]
+            rows.append(row)
+    return rows

@@ -1,0 +1,150 @@
+"""Scores of a run with their intervals, confusions, and paired comparisons of runs on the same inputs.
+
+A prediction outside the labels (invalid, or unknown) is wrong and stays in every denominator, as in the
+scores of the run itself. Intervals and tests resample dialogues, not utterances: utterances of a dialogue
+are not independent.
+
+Shape letters: D dialogues, C classes, S bootstrap samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selfemo_jax.reporting.reading import number
+
+NUM_SAMPLES = 2000
+
+Prediction = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Confusions ``[D, C, C + 1]`` of each dialogue: rows gold, columns predicted, the last one for what is
+    no label of the set."""
+
+    dialogues: tuple[str, ...]
+    confusion: np.ndarray
+
+
+def count(predictions: Sequence[Prediction], labels: Sequence[str]) -> Counts:
+    """Confusions by dialogue; a dialogue is an input's id without its turn."""
+    order = {label: place for place, label in enumerate(labels)}
+    dialogues = {name: place for place, name in enumerate(sorted({dialogue_of(p) for p in predictions}))}
+    confusion = np.zeros((len(dialogues), len(labels), len(labels) + 1))
+    for p in predictions:
+        predicted = order.get(p.get("prediction") or "", len(labels))
+        confusion[dialogues[dialogue_of(p)], order[p["gold"]], predicted] += 1
+    return Counts(dialogues=tuple(dialogues), confusion=confusion)
+
+
+def dialogue_of(prediction: Prediction) -> str:
+    """`meld/test/12/3` -> `meld/test/12`."""
+    return str(prediction["id"]).rsplit("/", 1)[0]
+
+
+def accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Share of right answers; ``[..., C, C + 1]`` -> ``[...]``."""
+    right = np.trace(confusion[..., :-1], axis1=-2, axis2=-1)
+    return right / np.maximum(confusion.sum((-2, -1)), 1)
+
+
+def weighted_f1(confusion: np.ndarray) -> np.ndarray:
+    """F1 of each class, weighted by its gold count; ``[..., C, C + 1]`` -> ``[...]``."""
+    right = np.diagonal(confusion[..., :-1], axis1=-2, axis2=-1)
+    support, named = confusion.sum(-1), confusion[..., :-1].sum(-2)
+    f1 = np.divide(2 * right, support + named, out=np.zeros_like(right), where=support + named > 0)
+    return (f1 * support).sum(-1) / np.maximum(support.sum(-1), 1)
+
+
+def resampled(confusions: Sequence[np.ndarray], *, seed: int = 0, num: int = NUM_SAMPLES) -> list[np.ndarray]:
+    """Confusions ``[S, C, C + 1]`` of ``num`` draws of dialogues with replacement, the same draws for each
+    of the given ones ``[D, C, C + 1]``."""
+    size = len(confusions[0])
+    weights = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=num)
+    return [np.tensordot(weights.astype(float), confusion, axes=1) for confusion in confusions]
+
+
+def interval(values: np.ndarray) -> list[float | None]:
+    """The middle 95 % of bootstrap values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return [number(low), number(high)]
+
+
+def score_rows(splits: Mapping[str, Any], predictions: Mapping[str, Sequence[Prediction]]) -> list[dict]:
+    """One row for each split and data set of the stored scores, with intervals where predictions are at
+    hand."""
+    rows = []
+    for split, result in splits.items():
+        for name, scores in (result.get("sets") or {}).items():
+            labels = list(scores.get("per_class") or {})
+            row = {
+                "split": split,
+                "set": name,
+                "num": scores.get("num"),
+                "majority": {key: number(value) for key, value in (scores.get("majority") or {}).items()}
+                | {"label": (scores.get("majority") or {}).get("label", "")},
+                "labels": labels,
+                "confusion": scores.get("confusion") or [],
+                "f1": [number(scores["per_class"][label].get("f1")) for label in labels],
+                "num_labels_predicted": scores.get("num_labels_predicted"),
+                "intervals": {},
+            }
+            for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1", "mean_tokens"):
+                row[key] = number(scores.get(key))
+            chosen = [p for p in predictions.get(split, ()) if p.get("dataset") == name]
+            if chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
+                (draws,) = resampled([count(chosen, labels).confusion])
+                row["intervals"] = {
+                    "accuracy": interval(accuracy(draws)),
+                    "weighted_f1": interval(weighted_f1(draws)),
+                }
+            rows.append(row)
+    return rows
+
+
+def compare(
+    first: Sequence[Prediction], second: Sequence[Prediction], labels: Sequence[str]
+) -> dict[str, Any] | None:
+    """The second policy against the first on the inputs that both answered; None without common inputs.
+
+    Weighted F1 by a paired bootstrap over dialogues, accuracy by McNemar's exact test.
+    """
+    # A second of import that a report of one run does without.
+    from scipy.stats import binomtest
+
+    before = {p["id"]: p for p in first if p.get("gold") in labels}
+    after = {p["id"]: p for p in second if p.get("gold") in labels}
+    common = [name for name in before if name in after and before[name]["gold"] == after[name]["gold"]]
+    if not common:
+        return None
+    counts = [count([side[name] for name in common], labels).confusion for side in (before, after)]
+    draws = resampled(counts)
+    differences = weighted_f1(draws[1]) - weighted_f1(draws[0])
+    least = min((differences <= 0).sum(), (differences >= 0).sum())
+    right = [np.array([side[name].get("prediction") == side[name]["gold"] for name in common])
+             for side in (before, after)]  # fmt: skip
+    lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    wf1 = [float(weighted_f1(counts[side].sum(0))) for side in (0, 1)]
+    return {
+        "num": len(common),
+        "dialogues": len(counts[0]),
+        "weighted_f1": [number(value) for value in wf1],
+        "difference": number(wf1[1] - wf1[0]),
+        "interval": interval(differences),
+        "p_bootstrap": number(min(1.0, 2 * (least + 1) / (len(differences) + 1)), 5),
+        "won": won,
+        "lost": lost,
+        "p_mcnemar": number(binomtest(won, won + lost).pvalue if won + lost else 1.0, 5),
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that keep the error of the whole family."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
