@@ -215,12 +215,12 @@ class _Replica:
         lines = [line for line in text.splitlines() if line.strip()][-_LOG_LINES:]
         return f"The end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         process = self.process
         if process is None:
             return
         if process.poll() is None:
-            process.terminate()
+            process.send_signal(signal.SIGUSR1 if at_once else signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
@@ -288,7 +288,7 @@ class Sidecar:
                 f"success.\n{logs}"
             )
         for replica in self._ours(chosen):
-            replica.close()
+            replica.close(at_once=True)
         pause = BACK_OFF[min(self._restarts, len(BACK_OFF) - 1)]
         print(f"sidecar: {reason}; restarting in {pause:g} s", file=sys.stderr, flush=True)
         time.sleep(pause)

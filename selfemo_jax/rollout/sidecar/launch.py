@@ -4,6 +4,7 @@ Started by `server.py`, never by hand. vLLM's engine processes run the top of th
 spawned, so each of them watches its own parent too.
 """
 
+import multiprocessing
 import os
 import select
 import signal
@@ -26,8 +27,9 @@ def find_package() -> None:
 
 
 def die_with_parent() -> None:
-    """Kill this process and its group as soon as the parent is gone, however it went."""
-    parent = os.getppid()
+    """Kill this process and its group as soon as the parent is gone, however it went and however early."""
+    spawner = multiprocessing.parent_process()
+    parent = os.getppid() if spawner is None else spawner.pid
     threading.Thread(target=_watch, args=(parent,), name="parent-watch", daemon=True).start()
 
 

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGHUP, _stop)
+    signal.signal(signal.SIGUSR1, _stop)
     parent = int(os.environ.get(PARENT_VARIABLE, "0")) or None
     server: subprocess.Popen | None = None
     try:
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("sidecar: the process that started this server is gone; ending it", flush=True)
             return EX_SOFTWARE
         return _ended(server.returncode)
-    except _Stopped:
-        if server is not None:
+    except _Stopped as told:
+        if server is not None and told.args[0] != signal.SIGUSR1:
             _terminate(server)
         return 0
     finally:
@@ -164,12 +165,12 @@ def environment(args: argparse.Namespace, *, cpu: bool) -> dict[str, str]:
 
 
 class _Stopped(Exception):
-    """We were told to stop."""
+    """We were told to stop by this signal: SIGUSR1 means at once, for a server that hangs."""
 
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)
-    raise _Stopped
+    raise _Stopped(number)
 
 
 def _die_with_parent() -> None:
