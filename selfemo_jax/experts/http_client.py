@@ -204,7 +204,7 @@ class HttpExpert:
                 gate.block(asked)
                 if asked > self.expert.deadline:
                     raise ExpertError(
-                        f"expert {self.endpoint.name}: the server asks to wait {asked:.0f} s, more than "
+                        f"expert {self.endpoint.name}: the server asks to wait {asked:.3g} s, more than "
                         f"expert.deadline {self.expert.deadline:g}; start again later"
                     )
             busy = status in BUSY and asked is not None
