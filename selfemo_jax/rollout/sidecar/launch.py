@@ -4,7 +4,6 @@ Started by `server.py`, never by hand. vLLM's engine processes run the top of th
 spawned, so each of them watches its own parent too.
 """
 
-import multiprocessing
 import os
 import select
 import signal
@@ -12,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+STARTER_VARIABLE = "SELFEMO_STARTER_PID"
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -27,27 +27,32 @@ def find_package() -> None:
 
 
 def die_with_parent() -> None:
-    """Kill this process and its group as soon as the parent is gone, however it went and however early."""
-    spawner = multiprocessing.parent_process()
-    parent = os.getppid() if spawner is None else spawner.pid
+    """Kill this process and its group as soon as the process that started it is gone, however early that is.
+
+    Each process leaves its number in the environment for those it starts: the system's own answer would be
+    another process already when the parent died before it was asked.
+    """
+    parent = int(os.environ.get(STARTER_VARIABLE, os.getppid()))
+    os.environ[STARTER_VARIABLE] = str(os.getpid())
     threading.Thread(target=_watch, args=(parent,), name="parent-watch", daemon=True).start()
 
 
 def _watch(parent: int) -> None:
     try:
         descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        pass
     except (AttributeError, OSError):
         _poll(parent)
     else:
-        if os.getppid() == parent:
-            select.select([descriptor], [], [])
+        select.select([descriptor], [], [])
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def _poll(parent: int) -> None:
     """For kernels without pidfd."""
     pause = threading.Event()
-    while os.getppid() == parent:
+    while os.path.exists(f"/proc/{parent}"):
         pause.wait(0.5)
 
 

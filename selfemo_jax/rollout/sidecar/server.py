@@ -24,6 +24,7 @@ LAUNCH = Path(__file__).resolve().parent / "launch.py"
 KEY_VARIABLE = "SELFEMO_SIDECAR_KEY"
 PARENT_VARIABLE = "SELFEMO_PARENT_PID"
 ROOT_VARIABLE = "SELFEMO_WEIGHTS_ROOT"
+STARTER_VARIABLE = "SELFEMO_STARTER_PID"
 TRANSPORT_VARIABLE = "SELFEMO_WEIGHTS_TRANSPORT"
 SERVED_NAME = "policy"
 EX_SOFTWARE = 70
@@ -137,6 +138,7 @@ def environment(args: argparse.Namespace, *, cpu: bool) -> dict[str, str]:
         if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
     }
     ours = {
+        STARTER_VARIABLE: str(os.getpid()),
         TRANSPORT_VARIABLE: args.transport,
         # The routes of a refresh exist only with it; the guard stands before them.
         "VLLM_SERVER_DEV_MODE": "1",
