@@ -27,7 +27,7 @@ class TrainerLogprobs:
         place = batch_sharding(mesh, ndim=2)
         hidden_sharding = batch_sharding(mesh, ndim=3)
 
-        @functools.partial(jax.jit, static_argnames="temperature", in_shardings=(None, place, place, place))
+        @functools.partial(jax.jit, static_argnames="temperature")
         def score(params, tokens, targets, segment_ids, *, temperature):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             hidden = forward(
@@ -50,7 +50,7 @@ class TrainerLogprobs:
                 budget_bytes=_BUDGET_BYTES * self._rows,
             )[0]
 
-        self._score = score
+        self._score, self._place = score, place
 
     def __call__(
         self,
@@ -74,8 +74,7 @@ class TrainerLogprobs:
             segments = np.ones((rows, columns), np.int32)
             for row, ids in enumerate(part):
                 tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 0
-            scores = np.asarray(
-                self._score(params, tokens[:, :-1], tokens[:, 1:], segments, temperature=temperature)
-            )
+            arrays = jax.device_put((tokens[:, :-1], tokens[:, 1:], segments), self._place)
+            scores = np.asarray(self._score(params, *arrays, temperature=temperature))
             found += [scores[row, starts[begin + row] - 1 : len(ids) - 1] for row, ids in enumerate(part)]
         return found
