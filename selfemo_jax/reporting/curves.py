@@ -5,6 +5,8 @@ from typing import Any
 
 MOST_POINTS = 3000
 """Points of a curve beyond which neighbours are averaged."""
+SHARES = ("parse/", "harvest/", "data/")
+"""Families of shares and counts of which a step logs only those above zero."""
 COVERS_THE_STEP = ("time/step",)
 """Timers that hold the others."""
 
@@ -26,8 +28,9 @@ def columns(lines: Sequence[Line], *, most: int = MOST_POINTS) -> dict[str, Any]
 
     Above ``most`` steps neighbours within a phase are averaged, so that sparse metrics stay.
     """
-    buckets = _buckets(lines, max(1, -(-len(lines) // most)))
     names = list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "phase")))
+    lines = [_with_zeros(line, names) for line in lines]
+    buckets = _buckets(lines, max(1, -(-len(lines) // most)))
     series: dict[str, list[float | None]] = {}
     for name in names:
         values = [_mean([line.get(name) for line in bucket]) for bucket in buckets]
@@ -59,6 +62,15 @@ def phase_times(lines: Sequence[Line]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _with_zeros(line: Line, names: Sequence[str]) -> Line:
+    """The line with the shares and counts that a step leaves out because they are zero."""
+    zeros = {}
+    for family in SHARES:
+        if any(name.startswith(family) for name in line):
+            zeros |= {name: 0.0 for name in names if name.startswith(family)}
+    return {**zeros, **line}
 
 
 def _buckets(lines: Sequence[Line], size: int) -> list[list[Line]]:

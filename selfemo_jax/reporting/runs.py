@@ -73,7 +73,7 @@ def read_run(folder: Path, *, label: str, most_rollouts: int, most_dialogues: in
         "phases": phases(lines),
         "curves": columns(lines),
         "times": times,
-        "scores": score_rows(splits, predictions),
+        "scores": score_rows(splits, predictions, notices),
         "harvests": _harvests(folder, notices),
         "num_rollouts": num_rollouts,
         "num_dialogues": num_dialogues,

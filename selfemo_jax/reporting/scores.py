@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from selfemo_jax.reporting.reading import number
+from selfemo_jax.reporting.reading import Notices, number
 
 NUM_SAMPLES = 2000
 
@@ -73,7 +73,9 @@ def interval(values: np.ndarray) -> list[float | None]:
     return [number(low), number(high)]
 
 
-def score_rows(splits: Mapping[str, Any], predictions: Mapping[str, Sequence[Prediction]]) -> list[dict]:
+def score_rows(
+    splits: Mapping[str, Any], predictions: Mapping[str, Sequence[Prediction]], notices: Notices
+) -> list[dict[str, Any]]:
     """One row for each split and data set of the stored scores, with intervals where predictions are at
     hand."""
     rows = []
@@ -96,11 +98,15 @@ def score_rows(splits: Mapping[str, Any], predictions: Mapping[str, Sequence[Pre
                 row[key] = number(scores.get(key))
             chosen = [p for p in predictions.get(split, ()) if p.get("dataset") == name]
             if chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
-                (draws,) = resampled([count(chosen, labels).confusion])
+                confusion = count(chosen, labels).confusion
+                (draws,) = resampled([confusion])
                 row["intervals"] = {
                     "accuracy": interval(accuracy(draws)),
                     "weighted_f1": interval(weighted_f1(draws)),
                 }
+                if row["accuracy"] is None or abs(accuracy(confusion.sum(0)) - row["accuracy"]) > 1e-3:
+                    row["intervals"] = {}
+                    notices.append(f"{split}: the predictions on {name} are not those of its scores")
             rows.append(row)
     return rows
 

@@ -1,6 +1,6 @@
-// Curves by uPlot: one run is coloured by metric, several are coloured by run and dashed by metric.
+// Curves by uPlot. One run: a chart holds metrics that belong together. Several runs: a chart for each metric, a curve
+// for each run.
 
-const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 5], [1, 5], [12, 6], [3, 6]];
 const SMOOTHING = { none: 0, light: 0.6, strong: 0.9 };
 let smoothing = SMOOTHING.light;
 const drawn = new Set();
@@ -49,7 +49,7 @@ const CHARTS = [
   ["Self-play and data", [
     ["Outcome of a harvest's prompts, share", /^harvest\/(?!depth)/],
     ["Live dialogues and depth", /^(play\/|harvest\/depth)/],
-    ["Share of the batch", /^data\//],
+    ["Inputs of a step by source", /^data\//],
     ["Lost groups", ["group/lost", "sync/dropped"]],
   ]],
   ["Speed", [
@@ -66,12 +66,13 @@ function metricNames(runs) {
 
 function chosenMetrics(rule, names, runs) {
   const found = Array.isArray(rule) ? rule.filter((name) => names.includes(name)) : names.filter((name) => rule.test(name));
-  if (found.length <= 8) return found;
+  const most = runs.length > 1 ? 4 : 8;
+  if (found.length <= most) return found;
   const mean = (name) => Math.max(...runs.map((run) => {
     const known = (run.curves.series[name] || []).filter((value) => value !== null).map(Math.abs);
     return known.length ? known.reduce((a, b) => a + b, 0) / known.length : 0;
   }));
-  return found.map((name) => [mean(name), name]).sort((a, b) => b[0] - a[0]).slice(0, 8).map((pair) => pair[1]);
+  return found.map((name) => [mean(name), name]).sort((a, b) => b[0] - a[0]).slice(0, most).map((pair) => pair[1]);
 }
 
 function curveSections(runs) {
@@ -80,9 +81,12 @@ function curveSections(runs) {
   for (const [title, charts] of CHARTS) {
     const figures = charts.map(([caption, rule]) => {
       const metrics = chosenMetrics(rule, names, runs);
-      return metrics.length ? chart(caption, metrics, runs) : null;
-    }).filter(Boolean);
-    if (figures.length) groups.push(h("div", {}, h("h3", { id: slug(title) }, title), h("div", { class: "grid" }, figures)));
+      if (runs.length === 1) return metrics.length ? chart(caption, metrics, runs) : null;
+      return metrics.map((name) => chart(metrics.length > 1 ? `${caption}: ${name}` : caption, [name], runs));
+    }).flat().filter(Boolean);
+    // On a phone only the first groups are open: forty charts in one column are a long way.
+    const open = groups.length < 2 || !matchMedia("(max-width: 640px)").matches;
+    if (figures.length) groups.push(h("details", { class: "group", id: slug(title), open }, h("summary", {}, h("h3", {}, title)), h("div", { class: "grid" }, figures)));
   }
   const any = h("div", { class: "grid wide" });
   const show = (name) => any.replaceChildren(chart(name, [name], runs));
@@ -125,22 +129,43 @@ function chart(caption, metrics, runs) {
 function smoothed(values) {
   let last = null;
   return values.map((value) => {
+    if (value === null) last = null;
     if (typeof value !== "number") return value;
     last = last === null ? value : smoothing * last + (1 - smoothing) * value;
     return last;
   });
 }
 
-// Steps where none of the metrics was logged are left out, so that a curve fills its chart.
+// Steps where none of the metrics was logged are left out, so that a curve fills its chart. A curve is interrupted
+// (null) where a whole phase logged nothing; a step without a value inside a phase (undefined) is passed over.
 function tableOf(run, metrics) {
-  const all = metrics.map((name) => run.curves.series[name] || []);
-  const kept = run.curves.steps.map((_, place) => place).filter((place) => all.some((values) => typeof values[place] === "number"));
-  return [kept.map((place) => run.curves.steps[place]), ...all.map((values) => kept.map((place) => values[place] ?? null))];
+  const all = metrics.map((name) => run.curves.series[name] || []), columns = [[], ...metrics.map(() => [])];
+  const place = (step) => run.phases.findIndex((phase) => step >= phase.first && step <= phase.last);
+  const sparse = metrics.every((name) => name.startsWith("dev/"));
+  let before = -1;
+  run.curves.steps.forEach((step, index) => {
+    if (!all.some((values) => typeof values[index] === "number")) return;
+    const phase = place(step);
+    if (before >= 0 && phase > before + 1 && !sparse) columns.forEach((column, one) => column.push(one ? null : step - 0.5));
+    before = phase;
+    columns.forEach((column, one) => column.push(one ? all[one - 1][index] ?? undefined : step));
+  });
+  return columns;
+}
+
+// Names without the parts that all of a chart's metrics share.
+function shortNames(metrics) {
+  if (metrics.length < 2) return metrics;
+  const parts = metrics.map((name) => name.split("/")), least = Math.min(...parts.map((one) => one.length));
+  let from = 0, until = 0;
+  while (from < least - 1 && parts.every((one) => one[from] === parts[0][from])) from++;
+  while (until < least - 1 - from && parts.every((one) => one.at(-1 - until) === parts[0].at(-1 - until))) until++;
+  return parts.map((one) => one.slice(from, one.length - until).join("/") || "all");
 }
 
 function plotCurves(box, metrics, runs) {
-  const single = runs.length === 1;
-  const series = [{ label: "step" }], tables = [];
+  const single = runs.length === 1, names = shortNames(metrics);
+  const series = [{ label: "step", value: (_, value) => value === null ? "last" : short(Math.round(value)) }], tables = [];
   runs.forEach((run, place) => {
     const [steps, ...values] = tableOf(run, metrics);
     const columns = [steps];
@@ -149,15 +174,14 @@ function plotCurves(box, metrics, runs) {
       if (!known) return;
       const smooth = smoothing > 0 && known > 30;
       const stroke = colour(single ? index : place);
-      const dash = single ? [] : DASHES[index % DASHES.length];
-      const label = single ? metrics[index] : metrics.length > 1 ? `${run.label}: ${metrics[index]}` : run.label;
+      const label = single ? names[index] : run.label;
       if (smooth) {
         columns.push(one);
-        series.push({ label: "", stroke: `${stroke}44`, width: 1, spanGaps: true, points: { show: false }, raw: true });
+        series.push({ label: "", stroke: `${stroke}44`, width: 1, points: { show: false }, raw: true });
       }
       columns.push(smooth ? smoothed(one) : one);
-      series.push({ label, stroke, width: 1.75, dash, spanGaps: true, points: { show: known < 30, size: 5, fill: stroke },
-        value: (_, value) => short(value) });
+      series.push({ label, stroke, width: 1.75, points: { show: known < 30, size: 5, fill: stroke },
+        value: (plot, value, column, index) => short(logged(plot.data[smooth ? column - 1 : column], index, value)) });
     });
     if (columns.length > 1) tables.push(columns);
   });
@@ -166,10 +190,10 @@ function plotCurves(box, metrics, runs) {
     font: "12px system-ui, sans-serif" };
   const options = {
     width: box.clientWidth || 320, height: 230, series,
-    scales: { x: { time: false } },
+    scales: { x: { time: false }, y: { range: (_, least, most) => flatRange(least, most) } },
     axes: [{ ...axis, size: 32 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(+tick.toPrecision(6))) }],
     cursor: { points: { size: 6 }, drag: { x: true, y: false, dist: 6 } },
-    legend: { live: true },
+    legend: { live: true, markers: { width: 0, fill: (_, index) => series[index].stroke } },
     hooks: { drawAxes: [(plot) => drawPhases(plot, runs[0])] },
   };
   const plot = new uPlot(options, data, box);
@@ -178,12 +202,26 @@ function plotCurves(box, metrics, runs) {
   return plot;
 }
 
+// The legend tells what was logged, not what was smoothed: under the cursor, else the last value.
+function logged(values, index, value) {
+  return index === null ? values.findLast((one) => typeof one === "number") : values[index] ?? value;
+}
+
+function flatRange(least, most) {
+  if (least === null) return [0, 1];
+  if (most - least > 1e-12) return uPlot.rangeNum(least, most, 0.08, true);
+  const around = Math.abs(least) * 0.1 || 0.1;
+  return [least - around, most + around];
+}
+
 function drawPhases(plot, run) {
   const context = plot.ctx, { left, top, width, height } = plot.bbox;
   context.save();
   context.strokeStyle = tone("--muted");
   context.fillStyle = tone("--muted");
   context.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+  context.textAlign = "left";
+  context.textBaseline = "alphabetic";
   context.setLineDash([3 * devicePixelRatio, 4 * devicePixelRatio]);
   let free = left;
   for (const phase of run.phases) {

@@ -71,7 +71,7 @@ function table(columns, rows, { stack = false } = {}) {
   return h("div", { class: "scroll" }, h("table", { class: stack ? "stack" : "" },
     h("thead", {}, h("tr", {}, columns.map((column) => h("th", { class: column.numeric ? "num" : "" }, column.name)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, columns.map((column) =>
-      h("td", { class: column.numeric ? "num" : "", "data-name": column.name }, column.cell(row))))))));
+      h("td", { class: column.numeric ? "num" : "", "data-name": column.name }, h("span", {}, column.cell(row)))))))));
 }
 
 function choice(name, options, changed, selected) {

@@ -7,10 +7,17 @@ function header(report) {
   const notices = [...report.notices, ...report.runs.flatMap((run) => run.notices.map((notice) => report.runs.length > 1 ? `${run.label}: ${notice}` : notice))];
   document.getElementById("top").append(
     h("h1", {}, report.runs.length > 1 ? "SELF-EMO runs" : `SELF-EMO run ${report.runs[0].label}`),
-    h("div", { class: "runs" }, report.runs.map((run, place) => h("span", {}, runName(run, place), " ", notes([run])))),
-    h("p", { class: "muted" }, `written ${report.made}`),
+    report.runs.length > 1 ? h("div", { class: "runs" }, report.runs.map((run, place) => h("span", {}, runName(run, place), " ", notes([run])))) : "",
+    h("p", { class: "muted" }, [...(report.runs.length > 1 ? [] : glance(report.runs[0])), `report of ${report.made}`].join(" · ")),
     words.length ? h("p", { class: "banner" }, h("b", {}, words.join("; ")), report.runs.length > 1 ? " (the runs that are marked so)" : "") : "",
     notices.length ? h("details", { class: "muted" }, h("summary", {}, `${notices.length} notice${notices.length > 1 ? "s" : ""} about the files`), h("ul", {}, notices.map((notice) => h("li", {}, notice)))) : "");
+}
+
+// The card in one line.
+function glance(run) {
+  const facts = new Map(run.card.flatMap((part) => part.entries));
+  const commit = facts.get("commit") === "unknown" ? null : `commit ${facts.get("commit").replace(/^([0-9a-f]{10})[0-9a-f]+/, "$1")}`;
+  return [`${facts.get("steps")} steps`, facts.get("wall time of steps"), facts.get("devices"), facts.get("sets"), commit].filter(Boolean);
 }
 
 async function start() {
@@ -28,7 +35,10 @@ async function start() {
   ].filter(Boolean);
   document.getElementById("nav").append(h("div", {}, sections.flatMap((part) => {
     const links = [h("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)];
-    if (part.id === "curves") for (const title of ["entropy", "drift"]) if (part.querySelector(`#${title}`)) links.push(h("a", { href: `#${title}` }, title[0].toUpperCase() + title.slice(1)));
+    if (part.id === "curves") for (const name of ["reward-parts", "entropy", "drift"]) {
+      const group = part.querySelector(`#${name}`);
+      if (group) links.push(h("a", { href: `#${name}`, onclick: () => { group.open = true; } }, group.querySelector("h3").textContent));
+    }
     return links;
   })));
   main.replaceChildren(...sections);

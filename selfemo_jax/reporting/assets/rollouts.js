@@ -120,11 +120,18 @@ function fillChoices() {
     make("Phase", "phase", of(store.groups.map((group) => group.phase))),
     make("Origin", "origin", of(store.groups.map((group) => group.origin))),
     make("Gold", "gold", of(store.groups.map((group) => group.label))),
-    make("Predicted", "predicted", of(store.predicted)),
+    make("Predicted", "predicted", of(commonest(store.predicted, 40))),
     make("Code", "code", of([...codes])),
     make("r1 at least", "least", [["", "any"], "0.25", "0.5", "0.75", "1"]),
     make("Order", "order", Object.keys(ORDERS)),
   ].filter(Boolean));
+}
+
+// A policy that is still learning writes thousands of labels.
+function commonest(values, most) {
+  const counts = new Map();
+  for (const value of values) counts.set(value, (counts.get(value) || 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1]).slice(0, most).map((pair) => pair[0]);
 }
 
 function ask(again) {
@@ -164,14 +171,21 @@ function rowElement(row, place) {
       h("b", {}, `R ${fixed(store.R[row], 2)}`), ` · r1 ${fixed(store.r1[row], 2)} · r2 ${fixed(store.r2[row], 2)} · A ${fixed(store.advantage[row], 2)} · `,
       h("span", { class: store.valid[row] ? "" : "invalid" }, store.valid[row] ? `${store.predicted[row]} / gold ${group.label}` : store.codes[row] || "malformed"),
       ` · step ${group.step} #${store.idx[row]} · ${group.dataset}`),
-    h("div", { class: "words" }, store.text[row].replace(/\s+/g, " ")));
+    h("div", { class: "words" }, wordsOf(row)));
+}
+
+// The row leaves out the tags of a well-formed answer; its prompt shows what was sampled.
+function wordsOf(row) {
+  const text = store.valid[row] ? store.text[row].replace(/<self_emotion>/g, "| ").replace(/<response>/g, "| ").replace(/<\/?(emotion|self_emotion|response)>/g, "") : store.text[row];
+  return text.replace(/\s+/g, " ");
 }
 
 function openGroup(row) {
   const place = store.group[row], group = store.groups[place], run = browser.runs[group.run], answers = [];
   for (let one = store.first[place]; one < store.text.length && store.group[one] === place; one++) answers.push(one);
   const detail = document.getElementById("detail");
-  detail.replaceChildren(
+  detail.replaceChildren();
+  add(detail, [
     h("button", { class: "close", onclick: () => detail.close() }, "Close"),
     h("h3", {}, `${group.sample}, step ${group.step}`), h("p", {}, runName(run, group.run), " ", notes([run])),
     h("p", { class: "muted" }, `${group.phase} · ${group.origin} · sampled by policy version ${group.version} · gold ${weights(group.gold)}`),
@@ -179,7 +193,7 @@ function openGroup(row) {
     answers.map((one) => h("div", { class: one === row ? "answer chosen" : "answer" },
       h("div", { class: "muted" }, `#${store.idx[one]} · R ${fixed(store.R[one])} · r1 ${fixed(store.r1[one])} · r2 ${fixed(store.r2[one])} · advantage ${fixed(store.advantage[one])} · ${store.finish[one]} `,
         store.codes[one] ? h("span", { class: store.valid[one] ? "" : "invalid" }, store.codes[one]) : null),
-      h("pre", {}, store.text[one]))));
+      h("pre", {}, store.text[one])))]);
   detail.showModal();
   detail.scrollTop = 0;
 }

@@ -127,7 +127,7 @@ function confusionSection(report) {
 function confusionTable(score) {
   const heads = [...score.labels, "none"];
   return h("div", { class: "scroll" }, h("table", { class: "confusion" },
-    h("thead", {}, h("tr", {}, h("th", {}, ""), heads.map((label) => h("th", { title: label }, label.slice(0, 4))), h("th", { title: "F1 of the class" }, "F1"))),
+    h("thead", {}, h("tr", {}, h("th", {}, ""), heads.map((label) => h("th", { title: label }, h("span", { class: "turned" }, label))), h("th", { title: "F1 of the class" }, "F1"))),
     h("tbody", {}, score.confusion.map((row, gold) => {
       const total = row.reduce((a, b) => a + b, 0) || 1;
       return h("tr", {}, h("th", { title: score.labels[gold] }, score.labels[gold]),
@@ -144,7 +144,7 @@ function timeSection(report) {
   if (!runs.length) return null;
   const names = [...new Set(runs.flatMap((run) => run.times.flatMap((row) => Object.keys(row.parts))))];
   const total = Math.max(...runs.flatMap((run) => run.times.map((row) => row.seconds)), 1e-9);
-  const shade = (name) => name === "other" ? "var(--line)" : `var(--c${names.indexOf(name) % 8})`;
+  const shade = (name) => name === "other" ? "var(--line)" : `var(--c${names.filter((one) => one !== "other").indexOf(name) % 10})`;
   const key = h("div", { class: "key" }, names.map((name) => h("span", { class: "run" }, h("i", { class: "dot", style: { background: shade(name) } }), name)));
   const rows = runs.flatMap((run) => run.times.map((row) => ({ run, place: report.runs.indexOf(run), ...row })));
   const bar = (row) => h("div", { class: "bars", style: { width: `${Math.max(4, 100 * row.seconds / total)}%` } },
@@ -159,17 +159,18 @@ function timeSection(report) {
       { name: "time", numeric: true, cell: (row) => seconds(row.seconds) },
       { name: "compiling", numeric: true, cell: (row) => seconds(row.compile_seconds) },
       { name: "largest parts", cell: largest },
-      { name: "share", cell: bar },
+      { name: "by part", cell: bar },
     ].filter(Boolean), rows, { stack: true })));
 }
 
 function cardSection(report) {
   const cards = report.runs.map((run, place) => h("figure", { class: "panel" },
     h("figcaption", {}, runName(run, place), notes([run])),
-    run.card.map((part) => [h("h3", {}, part.title), h("dl", {}, part.entries.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))]),
+    h("div", { class: report.runs.length > 1 ? "" : "columns" }, run.card.map((part) => h("div", {}, h("h3", {}, part.title),
+      h("dl", {}, part.entries.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))))),
     h("details", {}, h("summary", {}, "all settings"),
       h("dl", {}, Object.entries(run.settings).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])))));
-  return section("card", report.runs.length > 1 ? "Run cards" : "Run card", null, differences(report), h("div", { class: "grid" }, cards));
+  return section("card", report.runs.length > 1 ? "Run cards" : "Run card", null, differences(report), h("div", { class: report.runs.length > 1 ? "grid" : "" }, cards));
 }
 
 function differences(report) {
