@@ -37,7 +37,9 @@ SIDECAR_ONLY = {"torch", "vllm"}
 
 
 def part_of(module: str) -> str:
-    """`selfemo_jax.model.decoder` -> model; `selfemo_jax.config_io` -> config."""
+    """`selfemo_jax.model.decoder` -> model; `selfemo_jax.config_io` -> config; a `__main__` is a page."""
+    if module.endswith(".__main__"):
+        return module
     name = (module.split(".") + ["", ""])[1]
     return GROUPS.get(name, name)
 
