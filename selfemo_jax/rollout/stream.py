@@ -1,13 +1,16 @@
 """The stream of steps that the page reads: a batch of inputs and its finished rollout groups."""
 
 import hashlib
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.data.prompts import Prompt
-from selfemo_jax.rollout.engine import Engine, Group, Request, Sampling
+from selfemo_jax.rollout.engine import Engine, Group, Request, RolloutError, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,17 @@ class Rollouts:
     batch: Batch
     requests: tuple[Request, ...]
     groups: tuple[Group, ...]
+    sampling_seconds: float = 0.0
+    """From the first request to the last group."""
+    waited_seconds: float = 0.0
+    """Of those, how long the trainer waited."""
+
+    def metrics(self) -> dict[str, float]:
+        """What sampling ahead of the trainer gained; empty where it did not."""
+        hidden = self.sampling_seconds - self.waited_seconds
+        if not self.sampling_seconds or hidden <= 0:
+            return {}
+        return {"rollout/sampling_s": self.sampling_seconds, "rollout/hidden_s": hidden}
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -29,7 +43,7 @@ class Rollouts:
         return tuple(prompt for _, prompt in self.batch.items)
 
 
-class LostGroupsError(RuntimeError):
+class LostGroupsError(RolloutError):
     """More groups of a step were lost than `rollout.max_lost` allows."""
 
 
@@ -72,21 +86,67 @@ def rollout_stream(
     ahead: int,
     max_lost: float,
 ) -> Iterator[tuple[int, Rollouts]]:
-    """Steps ``first`` to ``last`` (counted from 1), each sampled with the policy as it is then.
+    """Steps ``first`` to ``last`` (counted from 1).
 
-    ``ahead`` is how many steps sampling may run before training; an engine in this process shares the devices
-    with the trainer, so there it is 0. LostGroupsError when more than ``max_lost`` of a step's groups are
-    lost.
+    With ``ahead`` 0 each is sampled with the policy as it is then. Else the requests of the next ``ahead``
+    steps are with the engine while a step is trained, so that a step is sampled by a policy up to ``ahead``
+    updates older; an engine in this process shares the devices with the trainer, so there it is 0.
+    LostGroupsError when more than ``max_lost`` of a step's groups are lost.
     """
-    assert ahead == 0, "checked with the configuration: only a sidecar can run ahead"
-    for step in range(first, last + 1):
+    steps = iter(range(first, last + 1))
+    if ahead == 0:
+        for step in steps:
+            batch = next(batches)
+            requests = requests_of(step, batch)
+            groups = generate_groups(engine, requests, sampling)
+            _check_lost(step, groups, max_lost)
+            yield step, Rollouts(batch=batch, requests=requests, groups=groups)
+        return
+    sampler = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    waiting: deque[tuple[int, Batch, tuple[Request, ...], Future]] = deque()
+
+    def ask(step: int) -> None:
         batch = next(batches)
         requests = requests_of(step, batch)
-        groups = generate_groups(engine, requests, sampling)
-        lost = [group for group in groups if group.error is not None]
-        if len(lost) > max_lost * len(groups):
-            raise LostGroupsError(
-                f"step {step}: {len(lost)} of {len(groups)} groups were lost, rollout.max_lost allows "
-                f"{max_lost:.0%}; the first: {lost[0].error}"
+        waiting.append((step, batch, requests, sampler.submit(_timed_groups, engine, requests, sampling)))
+
+    try:
+        while True:
+            while len(waiting) <= ahead and (step := next(steps, None)) is not None:
+                # The step itself, on the first round, and those after it: one at a time, in order.
+                ask(step)
+            if not waiting:
+                return
+            step, batch, requests, pending = waiting.popleft()
+            began = time.perf_counter()
+            groups, seconds = pending.result()
+            waited = time.perf_counter() - began
+            _check_lost(step, groups, max_lost)
+            yield (
+                step,
+                Rollouts(
+                    batch=batch,
+                    requests=requests,
+                    groups=groups,
+                    sampling_seconds=seconds,
+                    waited_seconds=min(waited, seconds),
+                ),
             )
-        yield step, Rollouts(batch=batch, requests=requests, groups=groups)
+    finally:
+        sampler.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed_groups(
+    engine: Engine, requests: Sequence[Request], sampling: Sampling
+) -> tuple[tuple[Group, ...], float]:
+    began = time.perf_counter()
+    return generate_groups(engine, requests, sampling), time.perf_counter() - began
+
+
+def _check_lost(step: int, groups: Sequence[Group], max_lost: float) -> None:
+    lost = [group for group in groups if group.error is not None]
+    if len(lost) > max_lost * len(groups):
+        raise LostGroupsError(
+            f"step {step}: {len(lost)} of {len(groups)} groups were lost, rollout.max_lost allows "
+            f"{max_lost:.0%}; the first: {lost[0].error}"
+        )

@@ -1,5 +1,7 @@
 """Seeds, requests, and the order in which groups reach the trainer."""
 
+import time
+
 import pytest
 
 from selfemo_jax.data.pipeline import Batch
@@ -150,3 +152,73 @@ def test_more_lost_groups_than_max_lost_stop_the_run():
         next(stream(Backwards(silent=(0,), failing=(2,)), max_lost=0.49))
     with pytest.raises(LostGroupsError):
         next(stream(Backwards(failing=(3,)), max_lost=0.0))
+
+
+class Slow(Backwards):
+    """An engine whose policy has a version, and that notes when each step was sampled and by which."""
+
+    def __init__(self, seconds: float = 0.05):
+        super().__init__()
+        self.version, self.sampled, self.seconds = 0, {}, seconds
+
+    def generate(self, asked, sampling):
+        step = int(asked[0].id.split(":")[0])
+        self.sampled[step] = self.version
+        time.sleep(self.seconds)
+        yield from super().generate(asked, sampling)
+
+
+def ahead_stream(engine, *, last=4, ahead=1):
+    return rollout_stream(
+        engine,
+        iter([batch(first=10 * n) for n in range(1, last + 1)]),
+        lambda step, items: requests(step=step, items=items, global_step=step),
+        SAMPLING,
+        first=1,
+        last=last,
+        ahead=ahead,
+        max_lost=0.0,
+    )
+
+
+def test_ahead_of_the_trainer_each_step_is_sampled_by_the_policy_one_update_older():
+    engine = Slow()
+    for step, rollouts in ahead_stream(engine):
+        assert rollouts.batch.state == {"n": 10 * step}
+        time.sleep(0.15)
+        engine.version = step
+    assert engine.sampled == {1: 0, 2: 0, 3: 1, 4: 2}
+
+
+def test_sampling_ahead_hides_behind_training_and_says_how_much():
+    engine = Slow(seconds=0.2)
+    found = []
+    for _, rollouts in ahead_stream(engine, last=3):
+        found.append(rollouts)
+        time.sleep(0.3)
+    assert found[0].waited_seconds == pytest.approx(found[0].sampling_seconds, abs=0.1)
+    for rollouts in found[1:]:
+        assert rollouts.waited_seconds < 0.1 <= rollouts.metrics()["rollout/hidden_s"]
+    assert next(stream(Backwards()))[1].metrics() == {}
+
+
+def test_a_stream_that_is_left_asks_for_no_further_step():
+    engine = Slow()
+    steps = ahead_stream(engine)
+    next(steps)
+    steps.close()
+    time.sleep(0.3)
+    assert set(engine.sampled) <= {1, 2}
+
+
+def test_an_error_of_a_step_sampled_ahead_is_raised_when_its_turn_comes():
+    class Failing(Slow):
+        def generate(self, asked, sampling):
+            if asked[0].id.startswith("2:"):
+                raise ValueError("no room")
+            yield from super().generate(asked, sampling)
+
+    steps = ahead_stream(Failing())
+    assert next(steps)[0] == 1
+    with pytest.raises(ValueError, match="no room"):
+        next(steps)
