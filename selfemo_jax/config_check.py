@@ -154,10 +154,39 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"rollout.top_k is {rollout.top_k}: training samples untruncated ({reason}); set it to 0"
     if rollout.top_p != 1:
         yield f"rollout.top_p is {rollout.top_p}: training samples untruncated ({reason}); set it to 1"
+    yield from _sidecar(config)
     try:
         parse_keep(rollout.keep)
     except ValueError as error:
         yield str(error)
+
+
+def _sidecar(config: Config) -> Iterator[str]:
+    rollout, importance = config.rollout, config.loss.importance
+    if rollout.overlap and rollout.engine == "jax":
+        yield (
+            f"rollout.overlap is {rollout.overlap} and rollout.engine is jax: the sampler shares the trainer's "
+            "devices and cannot run beside it; set rollout.overlap to 0, or rollout.engine to vllm"
+        )
+    if rollout.overlap > 1:
+        yield f"rollout.overlap is {rollout.overlap}: a sampler may run one step ahead; set it to 0 or 1"
+    if rollout.overlap and importance == "off":
+        yield (
+            f"rollout.overlap is {rollout.overlap} and loss.importance is off: rollouts then come from a policy "
+            "one update older, and nothing corrects for it; set loss.importance to token or sequence"
+        )
+    if rollout.engine == "vllm" and rollout.sidecar.on_unproven == "rollback":
+        if rollout.sidecar.keep_versions < 2:
+            yield (
+                "rollout.sidecar.on_unproven is rollback and keep_versions is 1: there is no version to go "
+                "back to; set rollout.sidecar.keep_versions to 2 or more"
+            )
+        if importance == "off":
+            yield (
+                "rollout.sidecar.on_unproven is rollback and loss.importance is off: after a rollback rollouts "
+                "come from an older policy, and nothing corrects for it; set loss.importance to token or "
+                "sequence"
+            )
 
 
 def _phases(config: Config) -> Iterator[str]:

@@ -119,13 +119,9 @@ def compile_steps(parts: Parts, optim: Optim) -> Steps:
 
 
 def make_engine(parts: Parts) -> Engine:
-    """The engine that the configuration names; with `rollout.replay` the recorded rollouts answer in its
-    place."""
+    """The engine in this process, whatever `rollout.engine` says of training (`serving.run_engine`); with
+    `rollout.replay` the recorded rollouts answer in its place."""
     config = parts.config
-    if config.rollout.engine != "jax":
-        raise ValueError(
-            f"rollout.engine is {config.rollout.engine!r}, which this version cannot start; use jax"
-        )
     engine = JaxEngine(
         parts.model, parts.compute, parts.mesh, max_rows=max(config.rollout.max_rows, config.eval.batch_rows)
     )

@@ -24,9 +24,10 @@ from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.lengths import report_lengths
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.parts import Parts, build_parts, compile_steps, make_engine, weights_of
+from selfemo_jax.parts import Parts, build_parts, compile_steps, weights_of
 from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
+from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
@@ -76,7 +77,7 @@ class Run:
             temperature=config.rollout.temperature,
             stop_ids=parts.codec.stop_ids,
         )
-        self.engine = make_engine(parts)
+        self.engine = run_engine(parts, self.dir, log.say)
         self.global_step = 0
         self._phase_step, self._total = 0, 0
         self._stop: str | None = None
@@ -248,6 +249,9 @@ class Run:
     ) -> None:
         """Refresh the sampler, score on dev, log, save and stop, each when it is due."""
         self.global_step += 1
+        where = f"{phase.name} step {step}"
+        if warning := check_gap(metrics, self.config.rollout, where=where):
+            self.log.say(warning)
         every = self.config.eval.every
         due = step == self._total or (every > 0 and step % every == 0)
         if phase.kind == "rl" or due:
@@ -297,6 +301,7 @@ class Run:
         seconds = time.perf_counter() - self._step_started
         tokens = metrics.get("batch/tokens", 0.0)
         speed = {"time/step": seconds, "perf/tokens_per_s": tokens / seconds} | self._compiles.take()
+        speed |= getattr(self.engine, "take_metrics", dict)()
         self.log.step(self.global_step, {**metrics, **speed, "phase_step": step}, phase=phase.name)
         if self._first_of_phase:
             left = seconds * (self._total - step) / 60

@@ -35,6 +35,7 @@ from selfemo_jax.data.pipeline import input_stream
 from selfemo_jax.dry_run import describe
 from selfemo_jax.learn import rl_update, sft_update
 from selfemo_jax.phases import Phase
+from selfemo_jax.rollout.engine import RolloutError
 from selfemo_jax.rollout.stream import rollout_stream
 from selfemo_jax.run import Run, Stopped, open_run
 from selfemo_jax.scoring import score_groups
@@ -57,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 75
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError, RolloutError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteError) else 2
+        return 1 if isinstance(error, RuntimeError) else 2
     return 0
 
 
@@ -118,7 +119,8 @@ def self_grpo(run: Run, phase: Phase) -> None:
             steps, state, reference, scored, config, rate=rate, where=where, timer=run.timer
         )
         run.record(rollouts, scored)
-        run.end_step(phase, step, state, scored.metrics | metrics | {"lr": rate}, rollouts.batch.state)
+        metrics = scored.metrics | metrics | rollouts.metrics() | {"lr": rate}
+        run.end_step(phase, step, state, metrics, rollouts.batch.state)
     run.finish(phase, state)
 
 
