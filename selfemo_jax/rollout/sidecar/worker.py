@@ -189,7 +189,8 @@ def repack(model: torch.nn.Module) -> int:
         if not hasattr(module, "cpu_linear") or not isinstance(weight, torch.Tensor):
             continue
         if weight.ndim == 2 and weight.numel() and not weight.is_meta:
-            module.quant_method.process_weights_after_loading(module)
+            method: Any = module.quant_method
+            method.process_weights_after_loading(module)
             count += 1
     return count
 
@@ -210,6 +211,10 @@ def _boot_config_digest(folder: str) -> str | None:
 
 class WeightsExtension:
     """Methods of every worker, by name through `/collective_rpc`. Errors are raised in words."""
+
+    vllm_config: Any
+    """The worker's, to whose class vLLM adds this one."""
+    weight_transfer_engine: Any
 
     def stage_weights(self, path: str) -> dict[str, Any]:
         """See `Weights.stage`."""
