@@ -165,15 +165,15 @@ def _sidecar(config: Config) -> Iterator[str]:
     rollout, importance = config.rollout, config.loss.importance
     if rollout.overlap and rollout.engine == "jax":
         yield (
-            f"rollout.overlap is {rollout.overlap} and rollout.engine is jax: the sampler shares the trainer's "
-            "devices and cannot run beside it; set rollout.overlap to 0, or rollout.engine to vllm"
+            f"rollout.overlap is {rollout.overlap} and rollout.engine is jax: the sampler shares the "
+            "trainer's devices and cannot run beside it; set rollout.overlap to 0, or rollout.engine to vllm"
         )
     if rollout.overlap > 1:
         yield f"rollout.overlap is {rollout.overlap}: a sampler may run one step ahead; set it to 0 or 1"
     if rollout.overlap and importance == "off":
         yield (
-            f"rollout.overlap is {rollout.overlap} and loss.importance is off: rollouts then come from a policy "
-            "one update older, and nothing corrects for it; set loss.importance to token or sequence"
+            f"rollout.overlap is {rollout.overlap} and loss.importance is off: rollouts then come from a "
+            "policy one update older, and nothing corrects for it; set loss.importance to token or sequence"
         )
     if rollout.engine == "vllm" and rollout.sidecar.on_unproven == "rollback":
         if rollout.sidecar.keep_versions < 2:
@@ -183,9 +183,9 @@ def _sidecar(config: Config) -> Iterator[str]:
             )
         if importance == "off":
             yield (
-                "rollout.sidecar.on_unproven is rollback and loss.importance is off: after a rollback rollouts "
-                "come from an older policy, and nothing corrects for it; set loss.importance to token or "
-                "sequence"
+                "rollout.sidecar.on_unproven is rollback and loss.importance is off: after a rollback "
+                "rollouts come from an older policy, and nothing corrects for it; set loss.importance to "
+                "token or sequence"
             )
 
 

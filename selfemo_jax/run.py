@@ -41,13 +41,13 @@ from selfemo_jax.run_resume import (
     take_back,
 )
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
-from selfemo_jax.serving import run_engine
 from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.selfplay.store import Store
+from selfemo_jax.serving import run_engine
 from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
