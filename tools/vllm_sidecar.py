@@ -89,9 +89,11 @@ def _base_python(name: str) -> str:
 
 def _install(python: Path, packages: list[str]) -> None:
     if uv := shutil.which("uv"):
-        _run(uv, "pip", "install", "--python", python, *packages)
-    else:
-        _run(python, "-m", "pip", "install", *packages)
+        try:
+            return _run(uv, "pip", "install", "--python", python, *packages)
+        except subprocess.CalledProcessError:
+            print("uv could not (it does not read pip's index settings); trying pip", flush=True)
+    return _run(python, "-m", "pip", "install", *packages)
 
 
 def _compile(python: Path) -> None:

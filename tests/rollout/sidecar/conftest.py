@@ -70,17 +70,3 @@ def tied(tmp_path_factory, vllm_environment) -> Iterator[World]:
         yield world
     finally:
         world.close()
-
-
-def group_pids(session: int) -> list[int]:
-    """Processes of a session that still run, from /proc."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
