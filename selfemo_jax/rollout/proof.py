@@ -4,12 +4,13 @@ With d = logp(v) - logp(v-1), both by the trainer, and e = served - logp(v-1), t
 where v is served and 0 where v-1 is. The numeric noise of the two implementations adds to e; its share in the
 slope shrinks with the number of tokens, so an update far below the noise of one token is still seen. Where
 even so it cannot be, the slope abstains and digests of what was applied decide. Whatever decides, what is
-left of the log-probs after v must not exceed the noise: that shows weights of which only a part is new.
+left of the log-probs after v must not exceed the noise that earlier refreshes of this model had, or a small
+share of d: that shows weights of which only a part is new.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,10 +20,37 @@ _SURE = 0.1
 NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Standard deviation of one token's log-prob between trainer and server, by the coarser of their types;
 measured on a 100 M parameter model."""
-_RESIDUAL = 5.0
-_FIRST_RESIDUAL = 20.0
-"""Residual that is believed, as a multiple of the noise; wider where no version was proven before it, as the
-noise of this model is not known then."""
+_RESIDUAL, _OF_UPDATE = 5.0, 0.01
+"""What may be left, as a multiple of the measured noise or of d, whichever is more."""
+_AT_MOST = 20.0
+"""What may be left in any case, as a multiple of the noise of the type; alone where nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Of one token's log-prob between trainer and server."""
+
+    of_types: float
+    measured: float | None = None
+    """The residual that proven refreshes of this model had."""
+
+    @property
+    def scale(self) -> float:
+        """The best estimate."""
+        return self.of_types if self.measured is None else self.measured
+
+    def limit(self, update: float) -> float:
+        """The residual that is believed after an update which moves log-probs by ``update`` (root mean
+        square)."""
+        most = _AT_MOST * self.of_types
+        if self.measured is None:
+            return most
+        return min(most, max(_RESIDUAL * self.measured, _OF_UPDATE * update))
+
+    def after(self, residual: float) -> "Noise":
+        """With a proven refresh more: up at once, down by halves."""
+        before = 0.0 if self.measured is None else 0.5 * self.measured
+        return replace(self, measured=max(residual, before, 1e-3 * self.of_types))
 
 
 @dataclass(kw_only=True)
@@ -74,7 +102,7 @@ def judge(
     new: Sequence[np.ndarray],
     old: Sequence[np.ndarray] | None,
     *,
-    noise: float,
+    noise: Noise,
     digests_agree: bool,
     generated: Sequence[tuple[float, float]] = (),
 ) -> Verdict:
@@ -88,9 +116,8 @@ def judge(
     slope = Slope()
     for index in range(len(served)) if old is not None else ():
         slope.add(served[index], new[index], old[index])
-    error = slope.error(noise)
-    abstains = not slope.is_sure(noise)
-    limit = (_RESIDUAL if old is not None else _FIRST_RESIDUAL) * noise
+    error, abstains = slope.error(noise.scale), not slope.is_sure(noise.scale)
+    limit = noise.limit(math.sqrt(slope.dd / slope.num_tokens) if slope.num_tokens else 0.0)
     problems = []
     if not abstains and not slope.value > SLOPE_BOUND:
         problems.append(
@@ -100,12 +127,12 @@ def judge(
     if not residual <= limit:
         problems.append(
             f"served log-probs differ from the trainer's by {residual:.2e} (root mean square), expected at "
-            f"most {limit:.0e}"
+            f"most {limit:.1e}"
         )
     # The largest of a few single tokens: a wider bound, yet far below what an old cache does.
     if not worst <= 4 * limit:
         problems.append(
-            f"tokens sampled after a probe differ by up to {worst:.2e}, expected at most {4 * limit:.0e}: "
+            f"tokens sampled after a probe differ by up to {worst:.2e}, expected at most {4 * limit:.1e}: "
             "their prompts may have been read from a cache of other weights"
         )
     if not digests_agree:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from selfemo_jax.rollout.engine import Request, RolloutError, Sampling
-from selfemo_jax.rollout.proof import Verdict, judge
+from selfemo_jax.rollout.proof import Noise, Verdict, judge
 from selfemo_jax.rollout.publish import Published
 from selfemo_jax.rollout.server_api import Refused, Rejected, Server, ServerError
 
@@ -97,11 +97,11 @@ def prove(
     published: Published,
     probes: Probes,
     *,
-    noise: float,
+    noise: Noise,
     continued: Continue | None,
 ) -> Refreshed:
-    """The verdict over all servers: the worst of them. ``continued`` scores tokens sampled after the probes;
-    None leaves that part out."""
+    """The verdict over all servers: the worst of them (`proof.judge`). ``continued`` scores tokens sampled
+    after the probes; None leaves that part out."""
     began = time.perf_counter()
     verdicts = [_verdict(server, published, probes, noise=noise, continued=continued) for server in servers]
     worst = min(verdicts, key=lambda verdict: (verdict.proven, -verdict.residual))
@@ -109,7 +109,7 @@ def prove(
 
 
 def _verdict(
-    server: Server, published: Published, probes: Probes, *, noise: float, continued: Continue | None
+    server: Server, published: Published, probes: Probes, *, noise: Noise, continued: Continue | None
 ) -> Verdict:
     try:
         served = [np.asarray(row) for row in each(list(probes.sequences), server.prompt_logprobs)]

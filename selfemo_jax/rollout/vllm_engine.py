@@ -25,7 +25,7 @@ from selfemo_jax.model.decoder import Params
 from selfemo_jax.rollout.admission import Gate, check_versions
 from selfemo_jax.rollout.engine import Completion, Group, Request, RolloutError, Sampling, check_requests
 from selfemo_jax.rollout.fleet import Fleet, Processes, deal
-from selfemo_jax.rollout.proof import SLOPE_BOUND, Slope, Verdict
+from selfemo_jax.rollout.proof import SLOPE_BOUND, Noise, Slope, Verdict
 from selfemo_jax.rollout.publish import Published, Publisher, snapshot
 from selfemo_jax.rollout.refresh import (
     NotStagedError,
@@ -78,9 +78,9 @@ class VllmEngine:
         say: Callable[[str], None] = print,
     ):
         """``start`` starts the servers; it runs beside whatever comes before the first refresh. ``dtype`` is
-        the serving type, ``noise`` that of one token's log-prob between trainer and server, raised to what
-        the first refresh shows."""
-        self._model, self._settings, self._dtype, self._noise = model, settings, dtype, noise
+        the serving type, ``noise`` what to expect of one token's log-prob between trainer and server before
+        the first refresh shows it."""
+        self._model, self._settings, self._dtype, self._noise = model, settings, dtype, Noise(of_types=noise)
         self._publisher, self._logprobs, self._say = publisher, logprobs, say
         self._probes = tuple(tuple(ids) for ids in probes)
         self._fleet = Fleet(start, settings.sidecar, say=say)
@@ -147,7 +147,10 @@ class VllmEngine:
             found = self._metrics | {f"rollout/{name}": float(n) for name, n in self._counts.items()}
             self._metrics, self._counts = {}, Counter()
         if self._slope.num_tokens:
-            found |= {"sync/slope": self._slope.value, "sync/slope_error": self._slope.error(self._noise)}
+            found |= {
+                "sync/slope": self._slope.value,
+                "sync/slope_error": self._slope.error(self._noise.scale),
+            }
         return found
 
     def _check_open(self) -> None:
@@ -259,7 +262,12 @@ class VllmEngine:
         pending = self._publisher.start(fresh, source_step=version)
         # While the files are written.
         new = tuple(self._logprobs(fresh, self._probes))
-        published = pending.result()
+        try:
+            published = pending.result()
+        except OSError as error:
+            raise RefreshError(
+                f"the policy of step {version} could not be published, nothing of it is left: {error}"
+            ) from error
         seconds["publish"] = time.perf_counter() - began
         earlier = self._serving
         probes = Probes(sequences=self._probes, new=new, old=earlier.logprobs if earlier else None)
@@ -273,9 +281,9 @@ class VllmEngine:
             self._unproven(version, verdict, earlier)
             return
         if earlier is None:
-            self._noise = max(self._noise, verdict.residual)
             words = f"{len(self._fleet.servers)} servers, {sum(map(len, self._probes))} probe tokens"
             self._say(f"rollout: first refresh of {words}: {verdict.words}, residual {verdict.residual:.1e}")
+        self._noise = self._noise.after(verdict.residual)
         self._before = earlier.params if earlier and self._settings.sidecar.slope_rollouts else None
         self._serving = Serving(published=published, source_step=version, params=fresh, logprobs=new)
         self._recent, self._rolled_back = [], False
@@ -366,7 +374,7 @@ class VllmEngine:
         new, old = score(serving.params), score(before)
         for (_, found, _), after, ahead in zip(recent, new, old, strict=True):
             self._slope.add(np.array(found.logprobs), after, ahead)
-        if self._slope.is_sure(self._noise) and not self._slope.value > SLOPE_BOUND:
+        if self._slope.is_sure(self._noise.scale) and not self._slope.value > SLOPE_BOUND:
             raise RefreshError(
                 f"the slope of {self._slope.num_tokens} rollout tokens towards their own version is "
                 f"{self._slope.value:.3f}, expected above {SLOPE_BOUND}: the servers sampled them from older "
