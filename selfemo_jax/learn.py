@@ -13,6 +13,7 @@ from selfemo_jax.algo.losses import importance_weights, token_weights
 from selfemo_jax.config import Config
 from selfemo_jax.data.batching import Packed, TrainSequence, gather, pack, scatter
 from selfemo_jax.model.decoder import Params
+from selfemo_jax.rollout.gap import batch_ratio, sequence_gap, worse_gap
 from selfemo_jax.scoring import Scored
 from selfemo_jax.train_step import Steps, TrainState, sequence_logprobs, update
 
@@ -73,7 +74,8 @@ def rl_update(
     micro_rows = config.batch.micro_rows
     packs = [_pack(s, config.rl.layout, config) for s in _mini_batches(scored, config) if s]
     num_updates = len(packs) * config.rl.updates_per_batch
-    on_policy = num_updates == 1 and config.loss.importance == "off"
+    on_policy = num_updates == 1 and not _corrects(config)
+    whole_gaps: dict[str, float] = {}
     prepared = []
     for packed in packs:
         batch = packed.batch
@@ -84,7 +86,8 @@ def rl_update(
         if not on_policy:
             with timer("old_logprobs"):
                 old_logprobs = sequence_logprobs(steps, state.params, batch, micro_rows=micro_rows)
-            weights = _importance(old_logprobs, packed, config)
+            weights, gaps = _importance(old_logprobs, packed, config)
+            whole_gaps = gaps if not whole_gaps else worse_gap(whole_gaps, gaps)
             batch = replace(batch, old_logprobs=old_logprobs, importance_weights=weights)
         prepared.append(batch)
     collected: list[dict[str, float]] = []
@@ -102,7 +105,8 @@ def rl_update(
                     on_policy=on_policy,
                 )
             collected.append(metrics)
-    means = {name: float(np.mean([m[name] for m in collected])) for name in collected[0]} if collected else {}
+    means = {name: float(_over(name)([m[name] for m in collected])) for name in next(iter(collected), ())}
+    means |= batch_ratio(means) | whole_gaps
     if reference is None:
         # Nothing was measured: the batch then holds zeros for the reference's log-probs.
         means.pop("kl", None)
@@ -135,13 +139,26 @@ def _mini_batches(scored: Scored, config: Config) -> list[list[TrainSequence]]:
     return batches
 
 
-def _importance(old_logprobs: np.ndarray, packed: Packed, config: Config) -> np.ndarray:
-    """Sampler-to-trainer weights ``[B, T]``: a sequence's weight needs it whole, so it is taken out of the
-    rows."""
-    if config.loss.importance == "off":
-        return packed.batch.importance_weights
+def _over(name: str):
+    """How a metric of several updates becomes one."""
+    return np.max if name.endswith("_max") else np.mean
+
+
+def _corrects(config: Config) -> bool:
+    """Whether the loss weighs tokens by how far the sampler was from the trainer."""
+    return config.loss.importance != "off" or config.loss.importance_band is not None
+
+
+def _importance(
+    old_logprobs: np.ndarray, packed: Packed, config: Config
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Sampler-to-trainer weights ``[B, T]`` and what whole sequences tell of the gap: a sequence's weight
+    needs it whole, so it is taken out of the rows."""
     old = gather(old_logprobs, packed.places)
     rollout = gather(packed.batch.rollout_logprobs, packed.places)
+    gaps = sequence_gap(old, rollout)
+    if not _corrects(config):
+        return packed.batch.importance_weights, gaps
     shape = (len(old), config.rollout.max_tokens)
     padded = np.zeros((3, *shape), np.float32)
     for index, (current, sampled) in enumerate(zip(old, rollout, strict=True)):
@@ -154,9 +171,13 @@ def _importance(old_logprobs: np.ndarray, packed: Packed, config: Config) -> np.
         jnp.asarray(padded[2] > 0),
         kind=config.loss.importance,
         cap=config.loss.importance_cap,
+        band=config.loss.importance_band,
     )
     rows = np.asarray(weights)
-    return scatter([rows[i, : len(values)] for i, values in enumerate(old)], packed, fill=1.0)
+    cut = [rows[i, : len(values)] for i, values in enumerate(old)]
+    if cut:
+        gaps["rollout_gap/masked"] = float(np.mean([row.max(initial=0.0) == 0.0 for row in cut]))
+    return scatter(cut, packed, fill=1.0), gaps
 
 
 def _pack(sequences: Sequence[TrainSequence], layout: str, config: Config) -> Packed:

@@ -18,7 +18,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from selfemo_jax.algo.losses import policy_loss, rollout_gap, sft_loss
+from selfemo_jax.algo.losses import largest_gap, policy_loss, rollout_gap, sft_loss
 from selfemo_jax.config import Loss, Optim
 from selfemo_jax.data.batching import PackedBatch, micro_batches
 from selfemo_jax.data.label_rows import LabelTable
@@ -37,7 +37,8 @@ from selfemo_jax.model.sharding import batch_sharding, param_shardings
 from selfemo_jax.settings.model import Freeze
 
 Sums = dict[str, jax.Array]
-"""Metric name -> ``[2]``: a sum and what it is divided by in the end, float32; by nothing where that is 0."""
+"""Metric name -> ``[2]``: a sum and what it is divided by in the end, float32; by nothing where that is 0.
+Where the name ends in ``_max`` it is the largest value so far in place of a sum."""
 
 
 @struct.dataclass
@@ -214,6 +215,8 @@ def make_steps(
         )
         mask = batch["token_weights"] != 0
         gaps = rollout_gap(jax.lax.stop_gradient(old_logprobs), batch["rollout_logprobs"], mask)
+        largest = largest_gap(jax.lax.stop_gradient(old_logprobs), batch["rollout_logprobs"], mask)
+        gaps |= {"rollout_gap/dlogp_max": (largest, jnp.zeros(()))}
         return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | gaps)
 
     def add(objective, params, accumulator, batch):
@@ -221,7 +224,11 @@ def make_steps(
         whole = lambda trained, batch: objective(join(trained, frozen), batch)  # noqa: E731
         (_, sums), gradients = jax.value_and_grad(whole, has_aux=True)(trained, batch)
         together = Accumulator(gradients=gradients, sums=sums)
-        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), accumulator, together)
+        added = jax.tree.map(lambda total, more: total + more.astype(total.dtype), accumulator, together)
+        largest = {
+            name: jnp.maximum(accumulator.sums[name], sums[name]) for name in sums if name.endswith("_max")
+        }
+        return added.replace(sums=added.sums | largest)
 
     out = Accumulator(gradients=trained_weights, sums=whole)
 

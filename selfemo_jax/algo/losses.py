@@ -176,16 +176,25 @@ def importance_weights(
     *,
     kind: Literal["off", "token", "sequence"],
     cap: float = 2.0,
+    band: float | None = None,
 ) -> Float[Array, "*S T"]:
     """Importance weights min(exp(old - rollout), cap) that correct the sampler's log-probs, detached.
 
     token: each target on its own, in any layout. sequence: the summed log-ratio of a row, the same for all
     its targets; a row must be one whole sequence, so this is computed on padded [S, T] before packing.
-    Log-ratios are clamped to +-20. 0 outside `mask`; off gives 1 inside.
+    Log-ratios are clamped to +-20. 0 outside `mask`; off gives 1 inside. With `band` a row whose geometric
+    mean of exp(old - rollout) lies outside [1 / (1 + band), 1 + band] gets 0 throughout, whatever the kind;
+    this too needs whole sequences.
     """
     if cap <= 0:
         raise ValueError(f"importance_weights: cap is {cap}, expected above 0")
+    if band is not None and band <= 0:
+        raise ValueError(f"importance_weights: band is {band}, expected above 0, or None for no mask")
     gap = jnp.where(mask, _masked(old_logprobs, mask) - _masked(rollout_logprobs, mask), 0.0)
+    kept = mask
+    if band is not None:
+        mean_gap = gap.sum(axis=-1, keepdims=True) / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+        kept = mask & (jnp.abs(mean_gap) <= jnp.log1p(band))
     if kind == "off":
         gap = jnp.zeros_like(gap)
     elif kind == "sequence":
@@ -195,7 +204,14 @@ def importance_weights(
     weights = jnp.exp(jnp.clip(gap, -20.0, 20.0))
     if kind != "off":
         weights = jnp.minimum(weights, cap)
-    return jax.lax.stop_gradient(jnp.where(mask, weights, 0.0))
+    return jax.lax.stop_gradient(jnp.where(kept, weights, 0.0))
+
+
+def largest_gap(
+    old_logprobs: Float[Array, "*S"], rollout_logprobs: Float[Array, "*S"], mask: Bool[Array, "*S"]
+) -> Float[Array, ""]:
+    """The largest |difference| of the sampler's log-probs from the trainer's; 0 without targets."""
+    return jnp.max(jnp.abs(_masked(old_logprobs, mask) - _masked(rollout_logprobs, mask)), initial=0.0)
 
 
 def rollout_gap(
@@ -203,12 +219,13 @@ def rollout_gap(
 ) -> Metrics:
     """How far the sampler's log-probs are from the trainer's on the same tokens, as (sum, number of targets).
 
-    rollout_gap/mean: |difference of the probabilities|; rollout_gap/k1 and /k3: estimates of KL(sampler ||
+    rollout_gap/mean: |difference of the probabilities|; /dlogp_mean: of the log-probs; rollout_gap/k1 and /k3: estimates of KL(sampler ||
     trainer).
     """
     old, rollout = _masked(old_logprobs, mask), _masked(rollout_logprobs, mask)
     per_token = {
         "rollout_gap/mean": jnp.abs(jnp.exp(old) - jnp.exp(rollout)),
+        "rollout_gap/dlogp_mean": jnp.abs(old - rollout),
         "rollout_gap/k1": rollout - old,
         "rollout_gap/k3": kl_penalty(rollout, old, kind="k3"),
     }

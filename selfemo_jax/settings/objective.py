@@ -71,6 +71,9 @@ class Loss:
     """Truncated importance weights of trainer over sampler log-probs."""
     importance_cap: Positive = 2.0
     """Where those weights are truncated."""
+    importance_band: Positive | None = None
+    """Sequences whose geometric mean of trainer over sampler probabilities is outside 1 / (1 + band) to
+    1 + band are left out of the surrogate, as 0.01 for 1 %; null: none are."""
 
 
 @dataclass(frozen=True, kw_only=True)
