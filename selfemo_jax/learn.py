@@ -13,7 +13,7 @@ from selfemo_jax.algo.losses import importance_weights, token_weights
 from selfemo_jax.config import Config
 from selfemo_jax.data.batching import Packed, TrainSequence, gather, pack, scatter
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.rollout.gap import batch_ratio, sequence_gap, worse_gap
+from selfemo_jax.rollout.gap import batch_ratio, join_gaps, sequence_gap
 from selfemo_jax.scoring import Scored
 from selfemo_jax.train_step import Steps, TrainState, sequence_logprobs, update
 
@@ -75,7 +75,7 @@ def rl_update(
     packs = [_pack(s, config.rl.layout, config) for s in _mini_batches(scored, config) if s]
     num_updates = len(packs) * config.rl.updates_per_batch
     on_policy = num_updates == 1 and not _corrects(config)
-    whole_gaps: dict[str, float] = {}
+    gaps: list[dict[str, float]] = []
     prepared = []
     for packed in packs:
         batch = packed.batch
@@ -86,8 +86,8 @@ def rl_update(
         if not on_policy:
             with timer("old_logprobs"):
                 old_logprobs = sequence_logprobs(steps, state.params, batch, micro_rows=micro_rows)
-            weights, gaps = _importance(old_logprobs, packed, config)
-            whole_gaps = gaps if not whole_gaps else worse_gap(whole_gaps, gaps)
+            weights, gap = _importance(old_logprobs, packed, config)
+            gaps.append(gap)
             batch = replace(batch, old_logprobs=old_logprobs, importance_weights=weights)
         prepared.append(batch)
     collected: list[dict[str, float]] = []
@@ -106,7 +106,7 @@ def rl_update(
                 )
             collected.append(metrics)
     means = {name: float(_over(name)([m[name] for m in collected])) for name in next(iter(collected), ())}
-    means |= batch_ratio(means) | whole_gaps
+    means |= batch_ratio(means) | join_gaps(gaps)
     if reference is None:
         # Nothing was measured: the batch then holds zeros for the reference's log-probs.
         means.pop("kl", None)

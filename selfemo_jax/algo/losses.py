@@ -219,8 +219,8 @@ def rollout_gap(
 ) -> Metrics:
     """How far the sampler's log-probs are from the trainer's on the same tokens, as (sum, number of targets).
 
-    rollout_gap/mean: |difference of the probabilities|; /dlogp_mean: of the log-probs; rollout_gap/k1 and /k3: estimates of KL(sampler ||
-    trainer).
+    rollout_gap/mean: |difference of the probabilities|; rollout_gap/dlogp_mean: that of the log-probs;
+    rollout_gap/k1 and /k3: estimates of KL(sampler || trainer).
     """
     old, rollout = _masked(old_logprobs, mask), _masked(rollout_logprobs, mask)
     per_token = {
