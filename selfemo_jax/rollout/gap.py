@@ -21,8 +21,8 @@ class GapError(RolloutError):
 
 
 def sequence_gap(old: Sequence[np.ndarray], rollout: Sequence[np.ndarray]) -> dict[str, float]:
-    """What only whole sequences show: the largest |difference|, and how far the geometric mean of the ratio
-    trainer / sampler of a sequence strays, at its lowest and highest.
+    """What only whole sequences show: how far the geometric mean of the ratio trainer / sampler strays, at
+    its lowest and its highest.
 
     ``old[i]`` and ``rollout[i]`` are the log-probs of the tokens of sequence i by trainer and sampler.
     """
@@ -30,13 +30,20 @@ def sequence_gap(old: Sequence[np.ndarray], rollout: Sequence[np.ndarray]) -> di
     if not gaps:
         return {}
     ratios = np.exp(np.clip([gap.mean() for gap in gaps], -20.0, 20.0))
-    every = np.concatenate(gaps)
     return {
-        "rollout_gap/dlogp_mean": float(np.abs(every).mean()),
-        "rollout_gap/dlogp_max": float(np.abs(every).max()),
         "rollout_gap/ratio_lowest": float(ratios.min()),
         "rollout_gap/ratio_highest": float(ratios.max()),
     }
+
+
+def join_gaps(gaps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Those of the mini-batches of a step as one: the lowest, the highest, the mean of the rest."""
+    joined = {}
+    for name in sorted({name for gap in gaps for name in gap}):
+        values = [gap[name] for gap in gaps if name in gap]
+        extreme = {"lowest": min, "highest": max}.get(name.rpartition("_")[2])
+        joined[name] = float(np.mean(values) if extreme is None else extreme(values))
+    return joined
 
 
 def batch_ratio(metrics: Mapping[str, float]) -> dict[str, float]:
