@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,18 @@ def write_report(
     finally:
         aside.unlink(missing_ok=True)
     return target
+
+
+def report_at_end(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Write the report of a run that has been scored; what hinders it becomes a line, never a failed run."""
+    started = time.monotonic()
+    try:
+        out = write_report([run_dir])
+    # Nothing in a report is worth the loss of a run.
+    except Exception as error:
+        say(f"notice: no report was written: {type(error).__name__}: {error}")
+    else:
+        say(f"report: {out} ({time.monotonic() - started:.1f} s)")
 
 
 def _data(runs: Sequence[RunReport], summary: dict[str, Any]) -> Iterator[tuple[str, Any]]:

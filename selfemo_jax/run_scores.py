@@ -9,6 +9,7 @@ from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.evaluate import evaluate_splits
 from selfemo_jax.parts import Parts
+from selfemo_jax.report import report_at_end
 from selfemo_jax.rollout.engine import Engine
 from selfemo_jax.run_data import RunData
 from selfemo_jax.scores import greedy_answers, mean_wf1, score
@@ -46,7 +47,7 @@ def score_whole_splits(
     """Score the engine's policy on `eval.final_splits` and print the tables.
 
     ``final.json`` (``summary``, the note and the scores) is written only without a ``notice``, which says why
-    these scores are not the run's last.
+    these scores are not the run's last. The run's report is written anew.
     """
     config = parts.config
     note = "; ".join(words for words in (parts.note, notice) if words)
@@ -57,3 +58,4 @@ def score_whole_splits(
     if not notice:
         content = {**summary, "note": note, "splits": results}
         atomic_write(final_file(run_dir), json.dumps(content, indent=1) + "\n")
+    report_at_end(run_dir, say)

@@ -8,8 +8,9 @@ from selfemo_jax.reporting.reading import number
 from selfemo_jax.reporting.runs import RunReport
 from selfemo_jax.reporting.scores import compare, holm
 
-NOT_SETTINGS = ("seed", "run_dir", "time_limit", "note", "platform")
-"""What may differ between runs that count as seeds of one another."""
+NOT_SETTINGS = ("seed", "run_dir", "time_limit", "platform")
+"""What may differ between runs that count as seeds of one another; the note may not, or a plumbing run could
+enter a mean."""
 
 
 def comparisons(runs: Sequence[RunReport]) -> list[dict[str, Any]]:

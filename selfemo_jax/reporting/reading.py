@@ -9,9 +9,12 @@ Notices = list[str]
 """What a reader of the report must know about the files behind it; readers append to it."""
 
 
-def parse(text: str | bytes) -> Any:
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+
+def parse(text: str) -> Any:
     """JSON, with NaN and infinities as None; ValueError where it is none."""
-    return json.loads(text, parse_constant=lambda name: None)
+    return _DECODER.decode(text)
 
 
 def read_json(path: Path, notices: Notices) -> Any:
@@ -35,7 +38,7 @@ def read_lines(path: Path, notices: Notices) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                found = parse(line)
+                found = parse(line.decode("utf-8"))
             except ValueError:
                 found = None
             if isinstance(found, dict):
