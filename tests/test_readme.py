@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from selfemo_jax import evaluate, predict, train
+from selfemo_jax import browse, evaluate, predict, train
+from selfemo_jax.selfplay import __main__ as selfplay
 from tests import micro
 from tools import convert_hf
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-MODULES = {"selfemo_jax.train": train, "selfemo_jax.evaluate": evaluate, "selfemo_jax.predict": predict}
+MODULES = {
+    "selfemo_jax.train": train,
+    "selfemo_jax.evaluate": evaluate,
+    "selfemo_jax.predict": predict,
+    "selfemo_jax.selfplay": selfplay,
+    "selfemo_jax.browse": browse,
+}
 
 
 def commands() -> list[str]:
@@ -68,6 +75,18 @@ def test_evaluate_as_shown(tmp_path):
         words = [str(micro.base_run()) if word == "runs/tiny" else word for word in shlex.split(line)[1:]]
         assert evaluate.main([*words, f"--out={tmp_path}"]) == 0
         assert (tmp_path / "test.json").is_file()
+
+
+def test_self_play_and_browsing_as_shown(tmp_path, capsys):
+    for name, page, printed, more in (
+        ("selfemo_jax.selfplay", selfplay, "20 dialogues", [f"--out={tmp_path / 'played.jsonl'}"]),
+        ("selfemo_jax.browse", browse, "inside the grammar", []),
+    ):
+        for line in of_program(name):
+            words = [str(micro.base_run()) if word == "runs/tiny" else word for word in shlex.split(line)[1:]]
+            assert page.main([*words, *more]) == 0
+            assert printed in capsys.readouterr().out
+    assert len((tmp_path / "played.jsonl").read_text().splitlines()) == 20
 
 
 def test_predict_as_shown(capsys, monkeypatch):

@@ -152,18 +152,18 @@ def _bench(
     play: Any, pool: Sequence[Sample], sizes: Sequence[int], group_size: int, console: Console
 ) -> None:
     table = Table(title="turns per second, compiled before", title_justify="left")
-    for column in ("dialogues", "turns", "rollouts", "seconds", "turns/s", "rollouts/s"):
+    for column in ("dialogues", "turns", "rollouts", "seconds", "CPU seconds", "turns/s", "rollouts/s"):
         table.add_column(column, justify="right")
     for size in sizes:
         opening = pool[:size]
         list(play(opening))
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         num = sum(len(candidates) for _, candidates in play(opening))
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         rate, rollouts = num / seconds, num * group_size
         table.add_row(
-            str(len(opening)), str(num), str(rollouts), f"{seconds:.2f}", f"{rate:.1f}",
-            f"{rate * group_size:.0f}",
+            str(len(opening)), str(num), str(rollouts), f"{seconds:.2f}", f"{cpu:.2f}",
+            f"{rate:.1f}", f"{rate * group_size:.0f}",
         )  # fmt: skip
     console.print(table)
 
