@@ -300,6 +300,7 @@ def test_rollout_gap_by_hand():
     gap = new - old
     expected = {
         "rollout_gap/mean": np.abs(np.exp(new) - np.exp(old)).sum(),
+        "rollout_gap/dlogp_mean": np.abs(gap).sum(),
         "rollout_gap/k1": -gap.sum(),
         "rollout_gap/k3": (np.exp(gap) - gap - 1).sum(),
     }
