@@ -22,7 +22,8 @@ from tests.model.tiny import weights
 from tests.rollout.common import POLICY
 from tests.rollout.fake_vllm import FakeServers
 
-SERVED = dataclasses.replace(POLICY, max_positions=448)
+SERVED = dataclasses.replace(POLICY, max_positions=448, head_dim=32)
+"""With a head size that vLLM serves on a CPU."""
 TIED = dataclasses.replace(SERVED, tie_embeddings=True)
 
 
