@@ -12,7 +12,7 @@ import pytest
 from selfemo_jax import browse, evaluate, predict, train
 from selfemo_jax.selfplay import __main__ as selfplay
 from tests import micro
-from tools import convert_hf
+from tools import convert_hf, vllm_sidecar
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = {
@@ -49,7 +49,7 @@ def refuses_nothing_it_shows(page, words: list[str], capsys) -> None:
 
 
 def test_every_python_command_is_covered():
-    known = (*MODULES, "tools/convert_hf.py", "pytest", "venv")
+    known = (*MODULES, "tools/convert_hf.py", "tools/vllm_sidecar.py", "pytest", "venv")
     for line in commands():
         for found in re.findall(r"python3? (?:-m )?(\S+)", line):
             assert found in known, f"{found}: no test runs {line!r}"
@@ -115,3 +115,9 @@ def test_conversions_as_shown(tmp_path, capsys):
             continue
         assert convert_hf.main([words[0], *map(str, places[words[0]])]) == 0
     micro.assert_same_weights(ours, back)
+
+
+def test_the_commands_of_the_sidecar_parse():
+    parser = vllm_sidecar._parser()
+    shown = [parser.parse_args(shlex.split(line)[1:]).command for line in of_program("tools/vllm_sidecar.py")]
+    assert shown == ["setup", "serve"]
