@@ -49,7 +49,7 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
         table.add_column(column)
     kind, number = parse_keep(config.rollout.keep)
     for phase in plans.plan(config):
-        disk = "-"
+        disk, prompts = "-", config.rl.prompts_per_step
         if phase.kind == "sft" and phase.buffer == (plans.ORIGINAL,):
             num = sum(map(len, phase_examples(phase, data, (), parts.codec, config).values()))
             steps = math.ceil(config.cold_start.epochs * num / config.cold_start.batch_size)
@@ -60,11 +60,10 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
         else:
             # At most: where every reply is accepted, each dialogue is asked once a turn.
             num = min(config.flywheel.max_inputs or num_inputs, num_inputs)
+            prompts = min(num, config.flywheel.dialogues_per_step)
             steps = math.ceil(num / config.flywheel.dialogues_per_step) * config.flywheel.max_depth
         if phase.kind != "sft" and steps is not None:
             kept = {"all": steps, "last": min(steps, number), "every": math.ceil(steps / number)}[kind]
-            rl_prompts = config.rl.prompts_per_step
-            prompts = rl_prompts if phase.kind == "rl" else min(num, config.flywheel.dialogues_per_step)
             rollouts = kept * prompts * config.rl.group_size
             disk = f"{rollouts * config.rollout.max_tokens * BYTES_PER_TOKEN / 2**20:.1f}"
         # What a harvest will hold is not known before: phases after it say what the originals alone give.

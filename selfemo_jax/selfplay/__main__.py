@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def known_personas(data: RunData, samples: Sequence[Sample]) -> dict[str, Mapping[str, str]]:
+def known_personas(data: RunData, samples: Sequence[Sample]) -> dict[str, dict[str, str]]:
     """Root dialogue -> speaker -> persona: the run's, and what samples tell about their own responders."""
     found: dict[str, dict[str, str]] = {root: dict(people) for root, people in data.personas.items()}
     for sample in samples:
