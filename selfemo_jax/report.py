@@ -59,17 +59,19 @@ def write_report(
 ) -> Path:
     """Write the page about the runs and return its path; ValueError where a folder holds no run."""
     folders = [Path(folder) for folder in folders]
+    labels = labels_of(folders)
     runs = [
         read_run(
             folder, label=label,
             most_rollouts=max_rollouts // len(folders), most_dialogues=max_dialogues // len(folders),
         )
-        for folder, label in zip(folders, labels_of(folders), strict=True)
+        for folder, label in zip(folders, labels, strict=True)
     ]  # fmt: skip
     notices: list[str] = []
-    sources = [path for folder in folders for path in studies.run_studies(folder)]
-    sources += [path for given in study for path in studies.study_files(given)]
-    missing = [path for path in sources if not path.exists()]
+    sources = [(path, label) for folder, label in zip(folders, labels, strict=True)
+               for path in studies.run_studies(folder)]  # fmt: skip
+    sources += [(path, "") for given in study for path in studies.study_files(given)]
+    missing = [path for path, _ in sources if not path.exists()]
     if missing:
         raise ValueError(f"{missing[0]} does not exist; --study takes JSON files or folders of them")
     summary = {
@@ -77,7 +79,7 @@ def write_report(
         "runs": [run.summary for run in runs],
         "comparisons": comparisons(runs),
         "seeds": seed_groups(runs),
-        "studies": [table for path in sources for table in studies.tables(path, notices)],
+        "studies": [table for path, label in sources for table in studies.tables(path, notices, of=label)],
         "notices": notices,
         "made": time.strftime("%Y-%m-%d %H:%M"),
     }

@@ -20,6 +20,8 @@ def comparisons(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     for place, run in enumerate(runs[1:], start=1):
         for score in runs[0].summary["scores"]:
             split, name = score["split"], score["set"]
+            if score["part"]:
+                continue
             sides = [
                 [p for p in side.predictions.get(split, ()) if p.get("dataset") == name]
                 for side in (runs[0], run)
@@ -43,11 +45,13 @@ def seed_groups(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
     for members in groups.values():
         if len({runs[place].summary["settings"].get("seed") for place in members}) < 2:
             continue
-        scored = [{(s["split"], s["set"]): s for s in runs[place].summary["scores"]} for place in members]
-        for split, name in scored[0]:
-            row: dict[str, Any] = {"runs": members, "split": split, "set": name}
+        scored = [
+            {(s["split"], s["set"], s["part"]): s for s in runs[place].summary["scores"]} for place in members
+        ]
+        for where in scored[0]:
+            row: dict[str, Any] = {"runs": members, **dict(zip(("split", "set", "part"), where, strict=True))}
             for key in ("accuracy", "weighted_f1", "macro_f1"):
-                values = [found[split, name][key] for found in scored if (split, name) in found]
+                values = [found[where][key] for found in scored if where in found]
                 known = [value for value in values if value is not None]
                 if len(known) > 1:
                     row[key] = [number(statistics.mean(known)), number(statistics.stdev(known)), len(known)]

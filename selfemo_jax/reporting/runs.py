@@ -13,6 +13,7 @@ from selfemo_jax.reporting.dialogues import conversations
 from selfemo_jax.reporting.reading import Notices, read_json, read_lines
 from selfemo_jax.reporting.rollouts import choose_steps, sampled_tokens, step_files
 from selfemo_jax.reporting.scores import score_rows
+from selfemo_jax.reporting.studies import persona_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def read_run(folder: Path, *, label: str, most_rollouts: int, most_dialogues: in
         "times": times,
         "scores": score_rows(splits, predictions, notices),
         "harvests": _harvests(folder, notices),
+        "personas": persona_map(folder, notices),
         "num_rollouts": num_rollouts,
         "num_dialogues": num_dialogues,
         "notices": notices,

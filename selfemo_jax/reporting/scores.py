@@ -7,7 +7,7 @@ are not independent.
 Shape letters: D dialogues, C classes, S bootstrap samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,12 @@ def score_rows(
     hand."""
     rows = []
     for split, result in splits.items():
-        for name, scores in (result.get("sets") or {}).items():
+        for name, part, scores in _sets_and_parts(result.get("sets") or {}):
             labels = list(scores.get("per_class") or {})
             row = {
                 "split": split,
                 "set": name,
+                "part": part,
                 "num": scores.get("num"),
                 "majority": {key: number(value) for key, value in (scores.get("majority") or {}).items()}
                 | {"label": (scores.get("majority") or {}).get("label", "")},
@@ -97,7 +98,7 @@ def score_rows(
             for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1", "mean_tokens"):
                 row[key] = number(scores.get(key))
             chosen = [p for p in predictions.get(split, ()) if p.get("dataset") == name]
-            if chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
+            if not part and chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
                 confusion = count(chosen, labels).confusion
                 (draws,) = resampled([confusion])
                 row["intervals"] = {
@@ -109,6 +110,16 @@ def score_rows(
                     notices.append(f"{split}: the predictions on {name} are not those of its scores")
             rows.append(row)
     return rows
+
+
+def _sets_and_parts(sets: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Name of the set, of its part (empty for the whole) and scores; parts only where there are two."""
+    for name, scores in sets.items():
+        yield name, "", scores
+        parts = scores.get("parts") or {}
+        if len(parts) > 1:
+            for part, of_part in parts.items():
+                yield name, str(part), of_part
 
 
 def compare(

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfemo_jax.reporting.reading import Notices, read_json
+from selfemo_jax.reporting.reading import Notices, number, read_json, read_lines
 
 MOST_ROWS = 500
+MOST_POINTS = 2000
+"""Personas of a picture beyond which evenly chosen ones are drawn."""
 BOUNDS = (("low", "high"), ("ci_low", "ci_high"), ("lower", "upper"), ("lo", "hi"))
 PAIRS = ("ci", "interval", "ci95", "confidence_interval")
 
@@ -25,8 +27,9 @@ def run_studies(folder: Path) -> list[Path]:
     return sorted((folder / "study").rglob("*.json"))
 
 
-def tables(path: Path, notices: Notices) -> list[dict[str, Any]]:
-    """Tables of a study's file: title, kind (clusters, significance or table), columns and rows."""
+def tables(path: Path, notices: Notices, *, of: str = "") -> list[dict[str, Any]]:
+    """Tables of a study's file: title, kind (clusters, significance or table), columns and rows. ``of`` names
+    the run in whose folder it lies."""
     content = read_json(path, notices)
     found = []
     note = str(content.get("note") or "") if isinstance(content, Mapping) else ""
@@ -36,7 +39,7 @@ def tables(path: Path, notices: Notices) -> list[dict[str, Any]]:
         found.append(
             {
                 "title": title,
-                "source": path.name,
+                "source": f"{of}: {path.name}" if of else path.name,
                 "note": note,
                 "kind": _kind(title, columns),
                 "columns": columns,
@@ -48,6 +51,37 @@ def tables(path: Path, notices: Notices) -> list[dict[str, Any]]:
     if content is not None and not found:
         notices.append(f"{path.name} holds no table that can be shown")
     return found
+
+
+def persona_map(folder: Path, notices: Notices) -> dict[str, Any] | None:
+    """The picture of a run's persona clusters: points with their cluster (-1 for none) and sentence, and the
+    names by cluster; None where no study has made one."""
+    study = folder / "study"
+    clusters = read_json(study / "clusters.json", notices)
+    if not isinstance(clusters, Mapping) or not isinstance(clusters.get("clusters"), list):
+        return None
+    points = [
+        [
+            number(line["point"][0]),
+            number(line["point"][1]),
+            line.get("cluster"),
+            str(line.get("persona", "")),
+        ]
+        for line in read_lines(study / "persona_clusters.jsonl", notices)
+        if isinstance(line.get("point"), list) and len(line["point"]) == 2
+    ]
+    if not points:
+        return None
+    step = max(1, -(-len(points) // MOST_POINTS))
+    names = {
+        row.get("cluster"): str(row.get("name")) for row in clusters["clusters"] if isinstance(row, Mapping)
+    }
+    return {
+        "num": len(points),
+        "points": points[::step],
+        "names": names,
+        "embedding": clusters.get("embedding"),
+    }
 
 
 def _walk(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[dict[str, Any]]]]:

@@ -126,20 +126,21 @@ function chart(caption, metrics, runs) {
   return figure;
 }
 
-function smoothed(values) {
+// What another phase logged does not leak into the mean.
+function smoothed(values, begins) {
   let last = null;
-  return values.map((value) => {
-    if (value === null) last = null;
+  return values.map((value, place) => {
+    if (value === null || begins.has(place)) last = null;
     if (typeof value !== "number") return value;
     last = last === null ? value : smoothing * last + (1 - smoothing) * value;
     return last;
   });
 }
 
-// Steps where none of the metrics was logged are left out, so that a curve fills its chart. A curve is interrupted
+// Columns, and the places where a phase begins. Steps where none of the metrics was logged are left out, so that a curve fills its chart. A curve is interrupted
 // (null) where a whole phase logged nothing; a step without a value inside a phase (undefined) is passed over.
 function tableOf(run, metrics) {
-  const all = metrics.map((name) => run.curves.series[name] || []), columns = [[], ...metrics.map(() => [])];
+  const all = metrics.map((name) => run.curves.series[name] || []), columns = [[], ...metrics.map(() => [])], begins = new Set();
   const place = (step) => run.phases.findIndex((phase) => step >= phase.first && step <= phase.last);
   const sparse = metrics.every((name) => name.startsWith("dev/"));
   let before = -1;
@@ -147,10 +148,11 @@ function tableOf(run, metrics) {
     if (!all.some((values) => typeof values[index] === "number")) return;
     const phase = place(step);
     if (before >= 0 && phase > before + 1 && !sparse) columns.forEach((column, one) => column.push(one ? null : step - 0.5));
+    if (phase !== before) begins.add(columns[0].length);
     before = phase;
     columns.forEach((column, one) => column.push(one ? all[one - 1][index] ?? undefined : step));
   });
-  return columns;
+  return [columns, begins];
 }
 
 // Names without the parts that all of a chart's metrics share.
@@ -167,7 +169,7 @@ function plotCurves(box, metrics, runs) {
   const single = runs.length === 1, names = shortNames(metrics);
   const series = [{ label: "step", value: (_, value) => value === null ? "last" : short(Math.round(value)) }], tables = [];
   runs.forEach((run, place) => {
-    const [steps, ...values] = tableOf(run, metrics);
+    const [[steps, ...values], begins] = tableOf(run, metrics);
     const columns = [steps];
     values.forEach((one, index) => {
       const known = one.filter((value) => typeof value === "number").length;
@@ -179,7 +181,7 @@ function plotCurves(box, metrics, runs) {
         columns.push(one);
         series.push({ label: "", stroke: `${stroke}44`, width: 1, points: { show: false }, raw: true });
       }
-      columns.push(smooth ? smoothed(one) : one);
+      columns.push(smooth ? smoothed(one, begins) : one);
       series.push({ label, stroke, width: 1.75, points: { show: known < 30, size: 5, fill: stroke },
         value: (plot, value, column, index) => short(logged(plot.data[smooth ? column - 1 : column], index, value)) });
     });

@@ -1,5 +1,9 @@
 // Scores, comparisons, confusions, times, studies and the run card.
 
+function setName(row) {
+  return row.part ? `${row.set}, ${row.part}` : row.set;
+}
+
 function withInterval(value, interval, show = percent) {
   return [show(value), interval ? h("span", { class: "ci" }, ` [${show(interval[0])}, ${show(interval[1])}]`) : null];
 }
@@ -12,7 +16,7 @@ function scoreSection(report) {
   const columns = [
     several ? { name: "run", cell: (row) => runName(row.run, row.place) } : null,
     { name: "split", cell: (row) => row.split },
-    { name: "set", cell: (row) => row.set },
+    { name: "set", cell: (row) => setName(row) },
     { name: "inputs", numeric: true, cell: (row) => short(row.num) },
     { name: "weighted F1", numeric: true, cell: (row) => withInterval(row.weighted_f1, row.intervals.weighted_f1) },
     { name: "accuracy", numeric: true, cell: (row) => withInterval(row.accuracy, row.intervals.accuracy) },
@@ -33,7 +37,7 @@ function seedTable(report) {
   return panel("Mean and standard deviation over seeds of the same settings, percent", report.runs, table([
     { name: "runs", cell: (row) => row.runs.map((place) => [runName(report.runs[place], place), " "]) },
     { name: "split", cell: (row) => row.split },
-    { name: "set", cell: (row) => row.set },
+    { name: "set", cell: (row) => setName(row) },
     { name: "weighted F1", numeric: true, cell: (row) => show(row.weighted_f1) },
     { name: "accuracy", numeric: true, cell: (row) => show(row.accuracy) },
     { name: "macro F1", numeric: true, cell: (row) => show(row.macro_f1) },
@@ -64,7 +68,37 @@ function comparisonSection(report) {
 
 function clusterSection(report) {
   const tables = report.studies.filter((one) => one.kind === "clusters");
-  return tables.length ? section("clusters", "Persona clusters", null, tables.map((one) => studyTable(one, report.runs))) : null;
+  const maps = report.runs.map((run, place) => run.personas ? personaMap(run, place) : null).filter(Boolean);
+  if (!tables.length && !maps.length) return null;
+  return section("clusters", "Persona clusters", null, maps, tables.map((one) => studyTable(one, report.runs)));
+}
+
+// Personas in two dimensions; the ten largest clusters have a colour.
+function personaMap(run, place) {
+  const found = run.personas, make = (name) => document.createElementNS("http://www.w3.org/2000/svg", name);
+  const svg = make("svg"), range = [0, 1].map((axis) => {
+    const values = found.points.map((point) => point[axis]), least = Math.min(...values);
+    return [least, Math.max(...values) - least || 1];
+  });
+  const shade = (cluster) => cluster >= 0 && cluster < 10 ? `var(--c${cluster})` : "var(--muted)";
+  svg.setAttribute("viewBox", "0 0 600 380");
+  svg.setAttribute("class", "map");
+  for (const [x, y, cluster, persona] of found.points) {
+    const dot = make("circle"), title = make("title");
+    title.textContent = `${found.names[cluster] || "in no cluster"}: ${persona}`;
+    dot.setAttribute("cx", (10 + 580 * (x - range[0][0]) / range[0][1]).toFixed(1));
+    dot.setAttribute("cy", (370 - 360 * (y - range[1][0]) / range[1][1]).toFixed(1));
+    dot.setAttribute("r", "4");
+    dot.style.fill = shade(cluster);
+    dot.style.opacity = cluster >= 0 ? "0.8" : "0.3";
+    dot.append(title);
+    svg.append(dot);
+  }
+  const key = Object.entries(found.names).slice(0, 10).map(([cluster, name]) => h("span", { class: "run" }, h("i", { class: "dot", style: { background: shade(+cluster) } }), name));
+  return h("figure", { class: "panel" },
+    h("figcaption", {}, runName(run, place), h("b", {}, `${short(found.num)} personas`), notes([run])),
+    found.embedding ? h("p", { class: "muted" }, found.embedding) : null, svg,
+    h("div", { class: "key" }, key, h("span", { class: "run" }, h("i", { class: "dot", style: { background: shade(-1) } }), "smaller clusters, or none")));
 }
 
 function studySection(report) {
