@@ -52,7 +52,7 @@ def start_vllm_engine(parts: Parts, run_dir: Path, say: Callable[[str], None]) -
     folder = run_dir / "sidecar" / "model"
     shutil.rmtree(folder, ignore_errors=True)
     write_model_folder(
-        folder, parts.model, dtype=dtype, tokenizer=parts.tokenizer_folder, copy=_copy_tokenizer
+        folder, parts.model, dtype=dtype, tokenizer=parts.tokenizer_folder, copy=copy_tokenizer
     )
     longest = min(
         parts.model.max_positions,
@@ -133,7 +133,8 @@ def _start(settings, folder: Path, run_dir: Path, root: Path, longest: int) -> S
     )
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files into a folder that a server starts on."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
