@@ -221,11 +221,6 @@ def _flywheel(config: Config) -> Iterator[str]:
             f"flywheel.drift.stop is {wheel.drift.stop}, below flywheel.drift.alarm {wheel.drift.alarm}; an "
             "alarm comes before a stop"
         )
-    if wheel.control == "verifier_labels" and wheel.verifier.weights is None:
-        yield (
-            "flywheel.control is verifier_labels and flywheel.verifier.weights is null: name who labels, "
-            "base, cold or a folder"
-        )
     if wheel.verifier.weights == "base" and config.model.path is None:
         yield (
             "flywheel.verifier.weights is base and model.path is null: a policy with random weights "

@@ -235,14 +235,24 @@ def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's settings; over those of the file that its key `base` names, beside it, if it names one."""
+    path = Path(path)
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # _Loader is a SafeLoader
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the config: {error.strerror}") from None
+        named = f" (base of {above[-1]})" if above else ""
+        raise ValueError(f"{path}: cannot read the config{named}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
-    return _checked_keys({} if settings is None else settings, str(path))
+    base = settings.pop("base", None) if isinstance(settings, dict) else None
+    checked = _checked_keys({} if settings is None else settings, str(path))
+    if base is None:
+        return checked
+    below = path.parent / str(base)
+    if below.resolve() in {one.resolve() for one in (*above, path)}:
+        raise ValueError(f"{path}: base {base} leads back to a file that it is the base of")
+    return _laid_over(_read_yaml(below, (*above, path)), dict(_flat(checked)))
 
 
 def _build(settings: dict[str, Any], *, where: str) -> Config:

@@ -68,7 +68,10 @@ class Verifier:
 def open_verifier(parts: Parts, weights: Callable[[str], Params], *, num_classes: int) -> Verifier | None:
     """The verifier that the settings name, if any; ``weights`` gives those of the base policy or of a
     phase."""
-    name = parts.config.flywheel.verifier.weights
+    config = parts.config
+    name = config.flywheel.verifier.weights
+    if name is None and config.flywheel.control == "verifier_labels":
+        name = BASE if config.cold_start.source == "none" else "cold"
     if name is None:
         return None
     params = weights(name) if name in (BASE, "cold") else weights_of(parts, Path(name))

@@ -70,6 +70,28 @@ def test_the_command_line_lies_over_the_file_and_the_file_over_the_defaults(tmp_
     assert config.data.mixture.weights == {"meld": 2.0}
 
 
+def test_a_file_lies_over_the_file_that_it_names_as_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text(
+        "rl: {steps: 7, group_size: 4}\nflywheel: {retrain: {init: cold}}\nnote: below\n"
+        "data: {mixture: {kind: weights, weights: {meld: 2, emorynlp: 1}}, sets: [meld, emorynlp]}\n"
+    )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.yaml").write_text(
+        "base: ../below.yaml\nrl: {group_size: 6}\ndata: {mixture: {weights: {meld: 1, emorynlp: 1}}}\n"
+    )
+    config, command = load("--config", str(tmp_path / "folder" / "mine.yaml"), "--seed", "3")
+    assert (config.rl.steps, config.rl.group_size, config.note, config.seed) == (7, 6, "below", 3)
+    assert config.data.mixture.weights == {"meld": 1.0, "emorynlp": 1.0}
+    assert command.config_file.name == "mine.yaml" and config.run_dir == str(Path("runs/mine"))
+
+
+def test_a_base_that_is_not_there_or_leads_back_is_refused(tmp_path):
+    (tmp_path / "one.yaml").write_text("base: two.yaml\n")
+    assert "two.yaml" in refused("--config", str(tmp_path / "one.yaml"))
+    (tmp_path / "two.yaml").write_text("base: one.yaml\n")
+    assert "leads back" in refused("--config", str(tmp_path / "one.yaml"))
+
+
 def test_lists_nulls_booleans_and_mappings_are_read_from_the_command_line():
     config, _ = load(
         "--data.sets", "[meld,emorynlp]", "--rl.steps=null", "--loss.clip_dual", "null",

@@ -65,7 +65,7 @@ class Verifier:
 
     weights: str | None = None
     """base: the policy before training; cold: the cold start's, which saw human labels alone; a folder; null:
-    no verifier."""
+    no verifier (the arm verifier_labels asks the cold start's, without one the base policy)."""
     tau: Share = 0.5
     """Least weighted IoU between its answer and the declared emotions."""
 

@@ -1,0 +1,30 @@
+"""Studies of runs: ``python -m selfemo_jax.study NAME ...``; ``--help`` after a name shows its flags."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from selfemo_jax.study import arms, clusters
+
+STUDIES = {
+    "arms": (arms, "train every config of a folder with several seeds and print their table"),
+    "clusters": (clusters, "cluster persona sentences, name the clusters and draw them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one study; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="selfemo_jax.study", description=__doc__)
+    names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
+    for name, (module, words) in STUDIES.items():
+        module.add_arguments(names.add_parser(name, help=words, description=module.__doc__))
+    args = parser.parse_args(argv)
+    try:
+        return STUDIES[args.study][0].main(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

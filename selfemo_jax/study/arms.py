@@ -1,0 +1,275 @@
+"""Arms of an ablation: every config of a folder trained with several seeds, and their table (Table 2).
+
+    python -m selfemo_jax.study arms --config-dir configs/ablations/tiny --seeds 3
+
+An arm is a file; the reference is ``full.yaml``, in the folder or above it, and the table names the keys in
+which an arm differs from it. Runs that are finished are not run again and interrupted ones go on, so the
+command may be stopped and given again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.config import Config
+from selfemo_jax.config_io import read_config
+
+REFERENCE = "full"
+OUTSIDE = ("run_dir", "note", "seed")
+"""Settings in which arms may differ without being another method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    path: Path
+    changes: Mapping[str, tuple[Any, Any]]
+    """Dotted key -> value in the reference and here; empty for the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished run of an arm."""
+
+    scores: Mapping[str, Mapping[str, Any]]
+    """Data set -> its scores on the split."""
+    synthetic: int
+    """Synthetic inputs that the last phase could draw from."""
+    note: str
+
+    def mean(self, metric: str) -> float:
+        """Mean over the data sets."""
+        return statistics.fmean(result[metric] for result in self.scores.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``study arms``."""
+    parser.add_argument("--config-dir", type=Path, required=True, help="folder of the arms' configs")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, with seeds 0, 1, ...")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", help="names of arms; default: all of the folder")
+    parser.add_argument("--split", default="test", help="split of the table")
+    parser.add_argument(
+        "train_args", nargs="*", help="after --: further settings of every run, as --a.b=value"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train what is missing, print the table, write it as ``arms.json`` and ``arms.md``."""
+    arms = find_arms(args.config_dir)
+    if unknown := sorted(set(args.only or ()) - {arm.name for arm in arms}):
+        raise ValueError(
+            f"--only {' '.join(unknown)}: no such arm in {args.config_dir}; there are "
+            f"{', '.join(arm.name for arm in arms)}"
+        )
+    arms = tuple(arm for arm in arms if not args.only or arm.name in args.only)
+    folder = args.out / reference_of(args.config_dir).parent.resolve().name
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    seconds = _recorded_seconds(folder)
+    for seed in range(args.seeds):
+        for arm in arms:
+            run_dir = run_dir_of(folder, arm, seed)
+            if outcome_of(run_dir, args.split) is None:
+                console.print(f"{arm.name}, seed {seed}: training in {run_dir}", highlight=False)
+                key = f"{arm.name}/{seed}"
+                seconds[key] = seconds.get(key, 0.0) + train(
+                    arm, seed, run_dir, args.train_args, compiled=folder / "compiled"
+                )
+                atomic_write(folder / "seconds.json", json.dumps(seconds, indent=1) + "\n")
+    outcomes = {
+        arm.name: [outcome_of(run_dir_of(folder, arm, seed), args.split) for seed in range(args.seeds)]
+        for arm in arms
+    }
+    rows = table_rows(arms, outcomes, seconds)
+    note = "; ".join(dict.fromkeys(o.note for found in outcomes.values() for o in found if o.note))
+    title = f"accuracy on {args.split}, {args.seeds} seeds{f' - {note}' if note else ''}"
+    content = {"note": note, "title": title, "arms": rows}
+    atomic_write(folder / "arms.json", json.dumps(content, indent=1) + "\n")
+    atomic_write(folder / "arms.md", markdown(title, rows))
+    console.print(rich_table(title, rows))
+    return 0
+
+
+def reference_of(folder: Path) -> Path:
+    """``full.yaml`` in the folder or in one above it, up to two."""
+    candidates = [place / f"{REFERENCE}.yaml" for place in (folder, *folder.resolve().parents[:2])]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"--config-dir {folder}: no {REFERENCE}.yaml there or above; it is the arm that others are "
+            "compared with"
+        )
+    return found
+
+
+def find_arms(folder: Path) -> tuple[Arm, ...]:
+    """The reference and the arms of a folder, each with the keys in which it differs."""
+    if not folder.is_dir():
+        raise ValueError(f"--config-dir {folder}: no such folder")
+    reference = reference_of(folder)
+    full = read_config(reference)
+    paths = [path for path in sorted(folder.glob("*.yaml")) if path.resolve() != reference.resolve()]
+    arms = [Arm(name=REFERENCE, path=reference, changes={})]
+    for path in paths:
+        name = path.resolve().relative_to(reference.resolve().parent).with_suffix("").as_posix()
+        arms.append(Arm(name=name, path=path, changes=differences(full, read_config(path))))
+    return tuple(arms)
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, where two settings differ."""
+    first, second = (dict(_leaves(asdict(config))) for config in (one, other))
+    return {
+        key: (first[key], second[key]) for key in first if first[key] != second[key] and key not in OUTSIDE
+    }
+
+
+def run_dir_of(folder: Path, arm: Arm, seed: int) -> Path:
+    """Where the run of an arm with a seed lies."""
+    return folder / arm.name / f"seed_{seed}"
+
+
+def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -> float:
+    """Train in a process of its own, going on where it was stopped; the seconds that it took.
+
+    ValueError where it fails; its output is in ``train.log`` beside the run's files.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "selfemo_jax.train", "--config", str(arm.path)]
+    command += [f"--seed={seed}", f"--run_dir={run_dir}", "--resume=auto", *further]
+    # Arms differ in little: what one has compiled serves the others.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    began = time.monotonic()
+    with (run_dir / "train.log").open("a") as log:
+        status = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False, env=cache | os.environ
+        ).returncode
+    if status:
+        raise ValueError(
+            f"arm {arm.name}, seed {seed}: training ended with status {status}; its output is in "
+            f"{run_dir / 'train.log'}; the same command goes on from there"
+        )
+    return time.monotonic() - began
+
+
+def outcome_of(run_dir: Path, split: str) -> Outcome | None:
+    """The scores of a run; None while it is not finished. ValueError where it did not score the split."""
+    final = run_dir / "eval" / "final.json"
+    if not final.exists():
+        return None
+    content = json.loads(final.read_text())
+    if split not in content["splits"]:
+        raise ValueError(
+            f"{run_dir}: scored on {', '.join(content['splits'])}, not on {split}; set eval.final_splits"
+        )
+    harvests = [json.loads(path.read_text()) for path in sorted(run_dir.glob("phases/*/harvest.json"))]
+    return Outcome(
+        scores=content["splits"][split]["sets"],
+        synthetic=sum(harvest["training"] for harvest in harvests),
+        note=content["note"],
+    )
+
+
+def table_rows(
+    arms: Sequence[Arm],
+    outcomes: Mapping[str, Sequence[Outcome | None]],
+    seconds: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """One flat row an arm: what it changes, accuracy in percent (mean and standard deviation over seeds) by
+    data set and over them, difference of the mean to the reference, weighted F1, synthetic inputs."""
+    rows: list[dict[str, Any]] = []
+    reference: float | None = None
+    for arm in arms:
+        finished = [outcome for outcome in outcomes[arm.name] if outcome is not None]
+        if not finished:
+            continue
+        row: dict[str, Any] = {"arm": arm.name, "changes": described(arm), "seeds": len(finished)}
+        row["synthetic"] = round(statistics.fmean(outcome.synthetic for outcome in finished))
+        for dataset in sorted(finished[0].scores):
+            values = [100 * outcome.scores[dataset]["accuracy"] for outcome in finished]
+            row[dataset], row[f"{dataset} sd"] = _mean_sd(values)
+        row["mean"], row["mean sd"] = _mean_sd([100 * outcome.mean("accuracy") for outcome in finished])
+        reference = row["mean"] if arm.name == REFERENCE else reference
+        row["difference"] = None if reference is None else round(row["mean"] - reference, 2)
+        row["w-F1"], row["w-F1 sd"] = _mean_sd([100 * outcome.mean("weighted_f1") for outcome in finished])
+        keys = [f"{arm.name}/{seed}" for seed in range(len(outcomes[arm.name]))]
+        spent = [seconds[key] for key in keys if key in seconds]
+        row["seconds a run"] = round(statistics.fmean(spent)) if spent else None
+        rows.append(row)
+    return rows
+
+
+def described(arm: Arm) -> str:
+    """What an arm changes, in words."""
+    return ", ".join(f"{key} {here}" for key, (_, here) in arm.changes.items()) or "-"
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as the table shows it: means with their deviations in one cell."""
+    shown = {}
+    for name, value in row.items():
+        if name.endswith(" sd"):
+            continue
+        deviation = row.get(f"{name} sd", "absent")
+        if deviation == "absent":
+            text = "-" if value is None else f"{value:+.2f}" if name == "difference" else str(value)
+        else:
+            text = f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}"
+        shown[name] = text
+    return shown
+
+
+def rich_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    shown = [cells(row) for row in rows]
+    for name in shown[0] if shown else ():
+        table.add_column(name, justify="left" if name in ("arm", "changes") else "right")
+    for row in shown:
+        table.add_row(*row.values())
+    return table
+
+
+def markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a page."""
+    shown = [cells(row) for row in rows]
+    lines = [f"**{title}**", ""]
+    if shown:
+        lines += ["| " + " | ".join(shown[0]) + " |", "|" + "---|" * len(shown[0])]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
+    return round(statistics.fmean(values), 2), deviation
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "weights":
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _recorded_seconds(folder: Path) -> dict[str, float]:
+    path = folder / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
