@@ -147,7 +147,9 @@ class Weights:
         """The tensor as it lies in the model, cut out of a fused parameter; None where it is packed."""
         if self._expect().num_ranks > 1:
             return None
-        prefix, module, kind = name.rsplit(".", 2)
+        path, _, kind = name.rpartition(".")
+        # The head of an untied model lies at the top: it has no prefix.
+        prefix, _, module = path.rpartition(".")
         fused, offset = module, 0
         for whole, pieces in getattr(self._model, "packed_modules_mapping", {}).items():
             if module in pieces:
@@ -155,7 +157,7 @@ class Weights:
                 fused = whole
                 offset = sum(self._expect().shapes[f"{prefix}.{piece}.{kind}"][0] for piece in before)
         try:
-            parameter = self._model.get_parameter(f"{prefix}.{fused}.{kind}")
+            parameter = self._model.get_parameter(".".join(part for part in (prefix, fused, kind) if part))
         except AttributeError:
             return None
         rows = applied.shape[0]
