@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "experts": {"data", "config", "appendlog", "rollout"},
     "selfplay": {"algo", "model", "data", "config", "appendlog", "phases", "rollout", "scoring", "experts"},
     "reporting": set(),
-    "study": {"algo", "model", "data", "config", "appendlog", "rollout", "scoring", "selfplay"},
 }
 """Part -> the parts it may use beside itself. What is not named here is a page and may use every part."""
 

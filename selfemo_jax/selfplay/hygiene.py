@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lingua import Language, LanguageDetector, LanguageDetectorBuilder
-from rensa import RMinHash, RMinHashLSH
+from rensa import RMinHash, RMinHashLSH  # pyrefly: ignore[missing-module-attribute]
 
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.settings.selfplay import Hygiene

@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
         for arm in arms
     }
     rows = table_rows(arms, outcomes, seconds)
-    note = "; ".join(dict.fromkeys(o.note for found in outcomes.values() for o in found if o.note))
+    notes = [outcome.note for found in outcomes.values() for outcome in found if outcome is not None]
+    note = "; ".join(dict.fromkeys(note for note in notes if note))
     title = f"accuracy on {args.split}, {args.seeds} seeds{f' - {note}' if note else ''}"
     content = {"note": note, "title": title, "arms": rows}
     atomic_write(folder / "arms.json", json.dumps(content, indent=1) + "\n")

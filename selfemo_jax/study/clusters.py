@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from sklearn.cluster import HDBSCAN
+from sklearn.cluster import HDBSCAN  # pyrefly: ignore[missing-module-attribute]
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
@@ -237,7 +237,7 @@ def cluster_names(sentences: Sequence[str], labels: np.ndarray) -> tuple[str, ..
         " ".join(s for s, label in zip(sentences, labels, strict=True) if label == c) for c in range(num)
     ]
     counter = CountVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
-    counts = counter.fit_transform(joined).toarray().astype(np.float64)
+    counts = np.asarray(counter.fit_transform(joined).todense(), np.float64)  # pyrefly: ignore
     terms = counter.get_feature_names_out()
     counts[:, terms == MASK] = 0
     frequency = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
