@@ -54,7 +54,7 @@ def ask_experts(config: Config, parts: Parts, data: RunData, folder: Path, say: 
         return data
     record = folder / "experts.json"
     with ExitStack() as stack:
-        stopping = stack.enter_context(_stop_signal())
+        stopping = stack.enter_context(stop_signal())
         panel = Panel(
             config.expert,
             cache_path(config, folder),
@@ -250,7 +250,8 @@ def _policy_maker(config: Config, parts: Parts, stack: ExitStack) -> MakePolicy:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Inside the block a SIGTERM only makes the function that it gives say True."""
     received: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
