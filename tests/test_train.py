@@ -28,7 +28,7 @@ def full(base):
 def test_a_run_leaves_the_files_of_its_folder(full):
     files = (
         "config.yaml env.json metrics.jsonl flywheel.jsonl eval/final.json eval/dev.json "
-        "eval/dev_predictions.jsonl checkpoints/best/config.json"
+        "eval/dev_predictions.jsonl checkpoints/best/config.json report.html"
     )
     assert [name for name in files.split() if not (full / name).is_file()] == []
     assert list((full / "checkpoints" / "states").iterdir())

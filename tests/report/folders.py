@@ -136,5 +136,14 @@ def write(path: Path, content: str) -> None:
     path.write_text(content, encoding="utf-8")
 
 
+def write_clusters(folder: Path, personas: str) -> None:
+    """The outputs of a study of persona clusters in a run's folder: two clusters and one persona in none."""
+    clusters = [{"cluster": place, "name": f"kind_{place}", "count": 2 - place} for place in (0, 1)]
+    write(folder / "study" / "clusters.json", json.dumps({"embedding": "TF-IDF", "clusters": clusters}))
+    points = [{"persona": personas, "cluster": label, "point": [x, 1.0 - x]}
+              for x, label in ((0.0, 0), (0.1, 0), (0.9, 1), (0.5, -1))]  # fmt: skip
+    write_lines(folder / "study" / "persona_clusters.jsonl", points)
+
+
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     write(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from selfemo_jax import report
 from selfemo_jax.reporting import curves, dialogues, rollouts, runs, scores, studies
 from selfemo_jax.reporting.compare import comparisons, seed_groups
-from tests.report.folders import HOSTILE, LABELS, flywheel, predictions, write_run
+from tests.report.folders import HOSTILE, LABELS, flywheel, predictions, write_clusters, write_run
 
 
 def read(folder, **limits):
@@ -217,3 +218,39 @@ def test_studies_become_tables_by_their_shape(tmp_path):
     (tmp_path / "bad.json").write_text("no")
     notices: list[str] = []
     assert studies.tables(tmp_path / "bad.json", notices) == [] and "bad.json cannot be read" in notices[0]
+
+
+def test_persona_clusters_of_a_run_are_a_map_and_a_table(tmp_path):
+    folder = write_run(tmp_path)
+    assert read(folder).summary["personas"] is None
+    write_clusters(folder, "Calm.")
+    found = read(folder).summary["personas"]
+    assert found["num"] == 4 and found["names"] == {0: "kind_0", 1: "kind_1"}
+    assert found["points"][3] == [0.5, 0.5, -1, "Calm."]
+    (path,) = studies.run_studies(folder)
+    values, table = studies.tables(path, [], of="tiny")
+    assert table["source"] == "tiny: clusters.json" and table["rows"][0] == [0, "kind_0", 2]
+
+
+def test_parts_of_a_set_are_scored_beside_it_and_not_compared(tmp_path):
+    folder = write_run(tmp_path)
+    path = folder / "eval" / "final.json"
+    final = json.loads(path.read_text())
+    tiny = final["splits"]["test"]["sets"]["tiny"]
+    tiny["parts"] = {"shared": tiny | {"num": 1}, "clean": tiny | {"num": 3}}
+    path.write_text(json.dumps(final))
+    found = read(folder)
+    assert [(row["set"], row["part"], row["num"]) for row in found.summary["scores"]] == [
+        ("tiny", "", 4),
+        ("tiny", "shared", 1),
+        ("tiny", "clean", 3),
+    ]
+    assert len(comparisons([found, found])) == 1
+
+
+def test_a_run_is_never_lost_to_its_report(tmp_path, monkeypatch):
+    said: list[str] = []
+    report.report_at_end(tmp_path / "none", said.append)
+    assert said[0].startswith("notice: no report was written: ValueError")
+    report.report_at_end(write_run(tmp_path), said.append)
+    assert said[1].startswith(f"report: {tmp_path / 'report.html'} (")
