@@ -11,6 +11,8 @@ import pytest
 
 from selfemo_jax import browse, evaluate, predict, train
 from selfemo_jax.selfplay import __main__ as selfplay
+from selfemo_jax.study import __main__ as study
+from selfemo_jax.study.arms import find_arms
 from tests import micro
 from tools import convert_hf, vllm_sidecar
 
@@ -21,6 +23,7 @@ MODULES = {
     "selfemo_jax.predict": predict,
     "selfemo_jax.selfplay": selfplay,
     "selfemo_jax.browse": browse,
+    "selfemo_jax.study": study,
 }
 
 
@@ -68,6 +71,13 @@ def test_the_commands_for_training_plan_a_run(tmp_path, capsys):
         words = shlex.split(line)[1:]
         assert train.main([*words, "--dry_run", f"--run_dir={tmp_path / 'run'}"]) == 0
         assert "harvest_1" in capsys.readouterr().out
+
+
+def test_the_studies_shown_are_there():
+    for line in of_program("selfemo_jax.study"):
+        args = study.make_parser().parse_args(shlex.split(line)[1:])
+        if args.study == "arms":
+            assert len(find_arms(README.parent / args.config_dir)) == 4
 
 
 def test_evaluate_as_shown(tmp_path):

@@ -12,13 +12,18 @@ STUDIES = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one study; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every study's flags."""
     parser = argparse.ArgumentParser(prog="selfemo_jax.study", description=__doc__)
     names = parser.add_subparsers(dest="study", required=True, metavar="NAME")
     for name, (module, words) in STUDIES.items():
         module.add_arguments(names.add_parser(name, help=words, description=module.__doc__))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one study; returns the exit status."""
+    args = make_parser().parse_args(argv)
     try:
         return STUDIES[args.study][0].main(args)
     except (ValueError, FileNotFoundError) as error:
