@@ -15,6 +15,10 @@ OPEN_PATHS = frozenset({"/health"})
 RPC_PATH = "/collective_rpc"
 RPC_METHODS = frozenset({"stage_weights", "apply_weights", "applied_digest", "drop_staged"})
 MAX_RPC_BYTES = 2**16
+WORKERS_VARIABLE = "SELFEMO_NUM_WORKERS"
+UPDATE_PATHS = frozenset(
+    {"/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update"}
+)
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -29,6 +33,7 @@ class Guard:
         if not key:
             raise ValueError(f"{KEY_VARIABLE} is not set: the server does not run without a key")
         self._app = app
+        self._several = int(os.environ.get(WORKERS_VARIABLE, "1")) > 1
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +48,9 @@ class Guard:
             return await _refuse(send, 401, "no or wrong key; send it as Authorization: Bearer KEY")
         if scope["type"] == "http" and scope["path"].rstrip("/") == RPC_PATH:
             return await self._call_method(scope, receive, send)
+        if self._several and scope["path"].rstrip("/") in UPDATE_PATHS:
+            # A worker that raises there leaves vLLM one answer behind for every later call.
+            return await _refuse(send, 403, "with several workers use stage_weights and apply_weights")
         return await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:

@@ -27,6 +27,7 @@ ROOT_VARIABLE = "SELFEMO_WEIGHTS_ROOT"
 STARTER_VARIABLE = "SELFEMO_STARTER_PID"
 TRANSPORT_VARIABLE = "SELFEMO_WEIGHTS_TRANSPORT"
 SERVED_NAME = "policy"
+WORKERS_VARIABLE = "SELFEMO_NUM_WORKERS"
 EX_SOFTWARE = 70
 STOP_SECONDS = 15.0
 _PR_SET_PDEATHSIG = 1
@@ -139,6 +140,7 @@ def environment(args: argparse.Namespace, *, cpu: bool) -> dict[str, str]:
     }
     ours = {
         STARTER_VARIABLE: str(os.getpid()),
+        WORKERS_VARIABLE: str(args.tensor_parallel),
         TRANSPORT_VARIABLE: args.transport,
         # The routes of a refresh exist only with it; the guard stands before them.
         "VLLM_SERVER_DEV_MODE": "1",

@@ -10,6 +10,7 @@ embedding: without `repack` the logits would keep using the old embedding while 
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,12 @@ class Weights:
 
     def apply(self, version: int) -> dict[str, Any]:
         """Put the staged tensors into the model; the caller has paused the server."""
-        self._refuse_if_broken()
         staged = self._staged
-        ready = staged is not None and staged.version == int(version)
-        if not _all_agree(ready):
+        ready = staged is not None and staged.version == int(version) and self._broken is None
+        # Every worker votes, whatever its state: one that raised before would leave the others waiting.
+        agreed = _all_agree(ready)
+        self._refuse_if_broken()
+        if not agreed:
             found = "nothing" if staged is None else f"version {staged.version}"
             raise ValueError(
                 f"apply version {version}: {found} is staged on this worker"
@@ -212,7 +215,11 @@ def _boot_config_digest(folder: str) -> str | None:
 
 
 class WeightsExtension:
-    """Methods of every worker, by name through `/collective_rpc`. Errors are raised in words."""
+    """Methods of every worker, by name through `/collective_rpc`.
+
+    What fails is answered as `{"error": reason}` and not raised: of several workers vLLM reads no further
+    answer once one has raised, and takes the unread ones for those of the next call.
+    """
 
     vllm_config: Any
     """The worker's, to whose class vLLM adds this one."""
@@ -220,26 +227,29 @@ class WeightsExtension:
 
     def stage_weights(self, path: str) -> dict[str, Any]:
         """See `Weights.stage`."""
-        return self._published_weights().stage(path)
+        return self._answer(lambda weights: weights.stage(path))
 
     def apply_weights(self, version: int) -> dict[str, Any]:
         """See `Weights.apply`."""
         with set_current_vllm_config(self.vllm_config):
-            return self._published_weights().apply(version)
+            return self._answer(lambda weights: weights.apply(version))
 
     def applied_digest(self) -> dict[str, Any]:
         """See `Weights.applied_digest`."""
-        return self._published_weights().applied_digest()
+        return self._answer(lambda weights: weights.applied_digest())
 
     def drop_staged(self) -> dict[str, Any]:
         """See `Weights.drop_staged`."""
-        self._published_weights().drop_staged()
-        return {}
+        return self._answer(lambda weights: weights.drop_staged() or {})
 
-    def _published_weights(self) -> Weights:
+    def _answer(self, ask: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
         engine = self.weight_transfer_engine
         assert isinstance(engine, OrbaxDisk), f"the weight transfer backend is not {BACKEND}"
-        return engine.weights
+        try:
+            return ask(engine.weights)
+        except Exception as error:
+            logger.exception("Refused a request of the trainer")
+            return {"error": str(error) or type(error).__name__}
 
 
 @dataclass
@@ -255,7 +265,8 @@ class OrbaxUpdate(WeightTransferUpdateInfo):
 
 
 class OrbaxDisk(WeightTransferEngine):
-    """vLLM's own update route over the same files: an update is stage and apply in one."""
+    """vLLM's own update route over the same files: an update is stage and apply in one. For one worker; the
+    guard refuses that route where there are more."""
 
     init_info_cls = OrbaxInit
     update_info_cls = OrbaxUpdate

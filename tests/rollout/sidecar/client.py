@@ -39,9 +39,12 @@ class Client:
             return status, content
 
     def rpc(self, name: str, **kwargs: Any) -> tuple[int, Any]:
-        """(status, the first worker's result or the error)."""
+        """(200, the first worker's result), or (another status, the reason) where any worker refuses."""
         status, answer = self.call("/collective_rpc", {"method": name, "kwargs": kwargs}, timeout=120)
-        return status, answer["results"][0] if status == 200 else answer["error"]["message"]
+        if status != 200:
+            return status, answer["error"]["message"]
+        errors = [result["error"] for result in answer["results"] if "error" in result]
+        return (500, "; ".join(errors)) if errors else (200, answer["results"][0])
 
     def refresh(self, folder: Path) -> dict[str, Any]:
         """Stage, pause, apply, name the version, forget the prefix cache, resume; what was applied."""

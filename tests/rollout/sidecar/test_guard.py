@@ -107,3 +107,10 @@ def test_a_malformed_call_is_an_answer_and_no_crash(guard, body):
 def test_an_endless_call_is_cut_off(guard):
     chunks = [b" " * MAX_RPC_BYTES, b" ", b"never read"]
     assert call(guard, "/collective_rpc", key=b"Bearer secret", chunks=chunks)[0] == 413
+
+
+@pytest.mark.parametrize("path", ["/update_weights", "/start_weight_update", "/finish_weight_update/"])
+def test_vllms_own_update_route_is_closed_where_there_are_several_workers(monkeypatch, guard, path):
+    assert call(guard, path, key=b"Bearer secret")[0] == 200
+    monkeypatch.setenv("SELFEMO_NUM_WORKERS", "2")
+    assert call(Guard(app), path, key=b"Bearer secret")[0] == 403
