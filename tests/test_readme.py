@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selfemo_jax import browse, evaluate, predict, train
+from selfemo_jax import browse, evaluate, predict, report, train
 from selfemo_jax.selfplay import __main__ as selfplay
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study.arms import find_arms
@@ -23,6 +23,7 @@ MODULES = {
     "selfemo_jax.predict": predict,
     "selfemo_jax.selfplay": selfplay,
     "selfemo_jax.browse": browse,
+    "selfemo_jax.report": report,
     "selfemo_jax.study": study,
 }
 

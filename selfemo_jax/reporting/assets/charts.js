@@ -161,7 +161,7 @@ function shortNames(metrics) {
   const parts = metrics.map((name) => name.split("/")), least = Math.min(...parts.map((one) => one.length));
   let from = 0, until = 0;
   while (from < least - 1 && parts.every((one) => one[from] === parts[0][from])) from++;
-  while (until < least - 1 - from && parts.every((one) => one.at(-1 - until) === parts[0].at(-1 - until))) until++;
+  while (until < least - from && parts.every((one) => one.at(-1 - until) === parts[0].at(-1 - until))) until++;
   return parts.map((one) => one.slice(from, one.length - until).join("/") || "all");
 }
 
