@@ -11,7 +11,7 @@ from selfemo_jax.config_check import parse_keep
 from selfemo_jax.model.sharding import placements
 from selfemo_jax.parts import Parts, build_parts
 from selfemo_jax.run_data import RunData, load_data
-from selfemo_jax.run_inputs import phase_examples
+from selfemo_jax.run_inputs import cold_inputs, phase_examples
 
 BYTES_PER_TOKEN = 14
 """Of a recorded rollout: ids and log-probs compressed, and its text; measured on the bundled data."""
@@ -51,7 +51,11 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
     for phase in plans.plan(config):
         disk, prompts = "-", config.rl.prompts_per_step
         if phase.kind == "sft" and phase.buffer == (plans.ORIGINAL,):
-            num = sum(map(len, phase_examples(phase, data, (), parts.codec, config).values()))
+            asked = config.cold_start.source in ("expert", "mixed")
+            # What an expert will write is not known before: at most an answer for each input.
+            inputs = cold_inputs(config, data) if asked else {}
+            found = inputs or phase_examples(phase, data, (), parts.codec, config)
+            num = sum(map(len, found.values()))
             steps = math.ceil(config.cold_start.epochs * num / config.cold_start.batch_size)
         elif phase.kind == "sft":
             steps = None

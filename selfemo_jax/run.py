@@ -31,8 +31,10 @@ from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
+from selfemo_jax.run_experts import ask_experts
 from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier
 from selfemo_jax.run_resume import (
+    Stopped,
     check_same_data,
     newest_point,
     resumes,
@@ -51,10 +53,6 @@ from selfemo_jax.serving import run_engine
 from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
-
-
-class Stopped(Exception):
-    """The run stopped at a step boundary with everything saved; `--resume` goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +370,7 @@ class Run:
             "logs": {name: list(log.length_and_digest()) for name, log in self._logs().items()},
             "fingerprint": self.data.fingerprint,
             "best": self._best,
+            "experts": dict(self.data.expert_cache),
         }
 
     def close(self) -> None:
@@ -394,6 +393,8 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
     with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
         for notice in parts.notices:
             log.say(notice)
+        with settings_restored_on_error(kept):
+            data = ask_experts(config, parts, data, log.run_dir, log.say)
         run = Run(config, parts, data, log)
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:

@@ -69,10 +69,12 @@ def phase_examples(
     codec: TextCodec,
     config: Config,
 ) -> dict[str, tuple[Example, ...]]:
-    """Supervised examples by data set: of the human data for the cold start, else the accepted best
-    rollouts."""
+    """Supervised examples by data set: of the human data or by experts for the cold start, else the accepted
+    best rollouts."""
     if ORIGINAL not in phase.buffer:
         return {SYNTHETIC: _accepted(phase, data, records, config)}
+    if config.cold_start.source in ("expert", "mixed"):
+        return _with_experts(data, codec, config)
     usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
     if not usable:
         raise ValueError(
@@ -93,6 +95,39 @@ def phase_examples(
         share = None if number is None else max(1, round(number * len(samples) / len(usable)))
         chosen = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
         examples[name] = tuple((sample, None) for sample in chosen)
+    return examples
+
+
+def cold_inputs(config: Config, data: RunData) -> dict[str, tuple[Sample, ...]]:
+    """The training inputs that experts are asked about, by data set, fixed by the seed."""
+    number, usable = config.cold_start.num, data.all_train()
+    chosen: dict[str, tuple[Sample, ...]] = {}
+    for name, samples in by_dataset(usable).items():
+        share = None if number is None else max(1, round(number * len(samples) / len(usable)))
+        chosen[name] = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
+    return chosen
+
+
+def _with_experts(data: RunData, codec: TextCodec, config: Config) -> dict[str, tuple[Example, ...]]:
+    written: dict[str, list[Example]] = {}
+    for sample, completion in data.expert_examples:
+        written.setdefault(sample.id, []).append((sample, completion))
+    examples: dict[str, tuple[Example, ...]] = {}
+    for name, samples in cold_inputs(config, data).items():
+        chosen: list[Example] = []
+        for sample in samples:
+            human = sample.reference is not None and bool(sample.reference.labels)
+            if sample.id in written:
+                chosen += written[sample.id]
+            elif config.cold_start.source == "mixed" and human and _fits(sample, codec=codec, config=config):
+                chosen.append((sample, None))
+        if chosen:
+            examples[name] = tuple(chosen)
+    if not examples:
+        raise ValueError(
+            f"cold_start.source {config.cold_start.source}: no expert's answer was accepted and no input has "
+            "a labelled next turn; look at cold_start.jsonl in the run folder"
+        )
     return examples
 
 
