@@ -12,6 +12,7 @@ import pytest
 
 from tests.rollout.sidecar.client import Client
 from tests.rollout.sidecar.conftest import MAX_LEN, ROOT, World
+from tests.rollout.sidecar.published import digest, hf_tensors
 from tests.rollout.sidecar.test_served import assert_same, reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -80,6 +81,9 @@ def test_a_refreshed_untied_model_answers_as_a_freshly_started_one(untied):
     client = untied.client()
     client.refresh(untied.root / "2")
     assert reference(untied.config, untied.arrays[2], client.answers()) < 1e-4
+    status, applied = client.rpc("applied_digest")
+    assert status == 200
+    assert applied["digests"] == {n: digest(v) for n, v in hf_tensors(untied.arrays[2]).items()}
     client.refresh(untied.root / "1")
     assert_same(client.answers(), untied.fresh)
 
@@ -116,12 +120,12 @@ def test_a_killed_engine_is_a_crash_and_the_restarted_server_takes_the_weights_a
     assert_same(again.answers(), before)
 
 
-def test_a_killed_trainer_leaves_no_vllm_process(untied, tmp_path):
+def test_a_killed_trainer_leaves_no_vllm_process_also_after_a_refresh_by_safetensors(untied, tmp_path):
     script = (
         "import sys, time\nfrom pathlib import Path\n"
         "from selfemo_jax.rollout.supervisor import start_sidecar\n"
         "from selfemo_jax.settings.rollout import Sidecar\n"
-        f"s = start_sidecar(Sidecar(environment={untied.environment!r}), "
+        f"s = start_sidecar(Sidecar(environment={untied.environment!r}, transport='safetensors'), "
         f"model_folder=Path({str(untied.model)!r}), run_dir=Path({str(tmp_path)!r}), "
         f"weights_root=Path({str(untied.root)!r}), max_model_len={MAX_LEN})\n"
         "print(s.replicas[0].process.pid, s.urls[0], s.key, flush=True)\ntime.sleep(600)\n"
@@ -131,7 +135,9 @@ def test_a_killed_trainer_leaves_no_vllm_process(untied, tmp_path):
         keeper, url, key = trainer.stdout.readline().split()
         server = server_of(int(keeper))
         assert len(session_members(server)) >= 2
-        assert Client(url, key).answer([7] * 5)[0]
+        client = Client(url, key)
+        client.refresh(untied.root / "2")
+        assert reference(untied.config, untied.arrays[2], client.answers()) < 1e-4
     finally:
         trainer.kill()
         trainer.wait()
