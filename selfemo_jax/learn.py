@@ -4,14 +4,21 @@ update."""
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from selfemo_jax.algo.losses import importance_weights, token_weights
 from selfemo_jax.config import Config
-from selfemo_jax.data.batching import Packed, TrainSequence, gather, pack, scatter
+from selfemo_jax.data.batching import Layout, Packed, TrainSequence, gather, pack, scatter
+from selfemo_jax.data.label_rows import (
+    Answered,
+    Question,
+    answer_sequences,
+    label_sequences,
+    without_tokens,
+)
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.rollout.gap import batch_ratio, join_gaps, sequence_gap
 from selfemo_jax.scoring import Scored
@@ -27,17 +34,30 @@ class Timer(Protocol):
 def sft_update(
     steps: Steps,
     state: TrainState,
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    examples: Sequence[Any],
     config: Config,
     *,
     rate: float,
     where: str,
     timer: Timer,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One supervised update on (prompt ids, completion ids) pairs; the loss is on completion tokens, each
-    alike."""
+    """One supervised update on (prompt ids, completion ids) pairs, or with `cold_start.rows: dialogues` on
+    lists of `Answered`; the loss is on completion tokens, in pairs each alike."""
+    if config.cold_start.rows == "dialogues":
+        sequences, layout = _answers_of_dialogues(examples, config)
+    else:
+        sequences, layout = _answers(examples), "packed"
+    packed = _pack(sequences, layout, config)
+    with timer("update"):
+        state, metrics = update(
+            steps, state, packed.batch, kind="sft", micro_rows=config.batch.micro_rows, rate=rate, where=where
+        )
+    return state, metrics | _sizes([packed])
+
+
+def _answers(examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TrainSequence]:
     weights = token_weights(np.array([len(completion) for _, completion in examples]), "token-mean")
-    sequences = [
+    return [
         TrainSequence(
             group=index,
             prompt_ids=tuple(prompt),
@@ -46,10 +66,35 @@ def sft_update(
         )
         for index, (prompt, completion) in enumerate(examples)
     ]
-    packed = _pack(sequences, "packed", config)
+
+
+def _answers_of_dialogues(
+    dialogues: Sequence[Sequence[Answered]], config: Config
+) -> tuple[list[TrainSequence], Layout]:
+    answered = [answer for dialogue in dialogues for answer in dialogue]
+    return answer_sequences(answered, label_weight=config.cold_start.label_weight), "shared_prefix"
+
+
+def label_update(
+    steps: Steps,
+    state: TrainState,
+    dialogues: Sequence[Sequence[Question]],
+    config: Config,
+    *,
+    step: int,
+    rate: float,
+    where: str,
+    timer: Timer,
+) -> tuple[TrainState, dict[str, float]]:
+    """One update on the labels of some dialogues, a question each; ``step`` seeds the dropped tokens."""
+    asked = [question for dialogue in dialogues for question in dialogue]
+    packed = _pack(label_sequences(asked), "shared_prefix", config)
+    batch, share = packed.batch, config.cold_start.labels.token_dropout
+    if share:
+        batch = without_tokens(batch, share=share, blank=0, seed=(config.seed, step))
     with timer("update"):
         state, metrics = update(
-            steps, state, packed.batch, kind="sft", micro_rows=config.batch.micro_rows, rate=rate, where=where
+            steps, state, batch, kind="labels", micro_rows=config.batch.micro_rows, rate=rate, where=where
         )
     return state, metrics | _sizes([packed])
 
@@ -180,7 +225,7 @@ def _importance(
     return scatter(cut, packed, fill=1.0), gaps
 
 
-def _pack(sequences: Sequence[TrainSequence], layout: str, config: Config) -> Packed:
+def _pack(sequences: Sequence[TrainSequence], layout: Layout, config: Config) -> Packed:
     return pack(
         sequences, layout=layout, row_tokens=config.batch.row_tokens, micro_rows=config.batch.micro_rows
     )

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from selfemo_jax.config import Config, Optim, parse_mesh
 from selfemo_jax.data.codec import TextCodec, load_codec
+from selfemo_jax.data.label_rows import LabelTable
 from selfemo_jax.devices import prepare
 from selfemo_jax.model.attention import choose_backend
 from selfemo_jax.model.config import ModelConfig
@@ -68,6 +69,7 @@ def build_parts(config: Config) -> Parts:
     check_tp(model, dict(mesh.shape))
     compute = Compute(
         dtype=section.compute_dtype,
+        product=section.product_dtype,
         remat=section.remat,
         attention=section.attention,
         logits_float32=section.logits_float32,
@@ -104,7 +106,7 @@ def weights_of(parts: Parts, folder: Path) -> Params:
     return load_params(folder, dtype=parts.config.model.param_dtype, shardings=shardings)
 
 
-def compile_steps(parts: Parts, optim: Optim) -> Steps:
+def compile_steps(parts: Parts, optim: Optim, *, labels: LabelTable | None = None) -> Steps:
     """The jitted training functions of an optimizer's settings under the run's loss, type and mesh."""
     config = parts.config
     return make_steps(
@@ -115,6 +117,8 @@ def compile_steps(parts: Parts, optim: Optim) -> Steps:
         loss=config.loss,
         temperature=config.rollout.temperature,
         logits_budget_mib=config.model.logits_budget_mib,
+        freeze=config.model.freeze,
+        labels=labels,
     )
 
 

@@ -27,7 +27,7 @@ class Phase:
     """
 
     index: int
-    kind: Literal["sft", "rl", "harvest"]
+    kind: Literal["labels", "sft", "rl", "harvest"]
     name: str
     iteration: int
     init: str
@@ -54,8 +54,8 @@ class Position:
 
 
 def plan(config: Config) -> tuple[Phase, ...]:
-    """The phases of method 3.2: cold start, then per iteration RL, harvest and (by `retrain.method`) SFT,
-    then the final RL, whose buffer holds the last harvest."""
+    """The phases of method 3.2: labels (on request) and cold start, then per iteration RL, harvest and (by
+    `retrain.method`) SFT, then the final RL, whose buffer holds the last harvest."""
     phases: list[Phase] = []
 
     def add(kind, name, iteration, init, buffer, steps=None) -> str:
@@ -75,8 +75,10 @@ def plan(config: Config) -> tuple[Phase, ...]:
     wheel, retrain, rl_steps = config.flywheel, config.flywheel.retrain, config.rl.steps
     num_iterations = 0 if wheel.control == "all_original" else wheel.iterations
     cold = BASE
+    if config.cold_start.labels.epochs:
+        cold = add("labels", "labels", 0, BASE, (ORIGINAL,))
     if config.cold_start.source != "none":
-        cold = add("sft", "cold", 0, BASE, (ORIGINAL,))
+        cold = add("sft", "cold", 0, cold, (ORIGINAL,))
     harvests: list[str] = []
     current = cold
     for iteration in range(1, num_iterations + 2):

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from selfemo_jax import label_phase, run_inputs
 from selfemo_jax import phases as plans
-from selfemo_jax import run_inputs
 from selfemo_jax.appendlog import AppendLog
 from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.compiles import CompileCounter
@@ -99,6 +99,14 @@ class Run:
         self._dev = fixed_subset(dev, config.eval.max_items, seed=config.seed, purpose="dev")
         self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
         self.encode_example = functools.partial(run_inputs.encode_example, codec=parts.codec, config=config)
+        # Only where it is used: not every tokenizer can tell every label apart by one token.
+        by_dialogue = config.cold_start.rows == "dialogues"
+        needed = by_dialogue or config.cold_start.labels.epochs > 0
+        self._table = label_phase.table_of(data, parts.codec, config) if needed else None
+        if by_dialogue:
+            self.encode_example = functools.partial(
+                run_inputs.encode_dialogue, codec=parts.codec, config=config, table=self._table
+            )
 
     # What a run resumes from
 
@@ -153,7 +161,7 @@ class Run:
     def steps(self, optim: Optim) -> Steps:
         """Compiled functions for an optimizer's settings, made once in a process."""
         if optim not in self._steps:
-            self._steps[optim] = compile_steps(self.parts, optim)
+            self._steps[optim] = compile_steps(self.parts, optim, labels=self._table)
         return self._steps[optim]
 
     def refresh(self, params: Params, *, version: int | None = None) -> None:
@@ -169,9 +177,21 @@ class Run:
         """The phase's buffer by source."""
         return run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
 
-    def examples(self, phase: Phase) -> dict[str, tuple[run_inputs.Example, ...]]:
-        """The phase's supervised examples by source."""
-        return run_inputs.phase_examples(phase, self.data, self._records(), self.codec, self.config)
+    def examples(self, phase: Phase) -> dict[str, tuple[Any, ...]]:
+        """The phase's supervised examples by source, or with `cold_start.rows: dialogues` those of each
+        dialogue."""
+        found = run_inputs.phase_examples(phase, self.data, self._records(), self.codec, self.config)
+        by_dialogue = self.config.cold_start.rows == "dialogues"
+        return run_inputs.example_dialogues(found) if by_dialogue else dict(found)
+
+    def label_dialogues(self) -> label_phase.Dialogues:
+        """The labelled lines of the training dialogues by source."""
+        return label_phase.training_dialogues(self.data, self.config)
+
+    def encode_questions(self, dialogues: label_phase.Dialogues) -> Callable[[Any], Any]:
+        """Dialogue -> its questions, as the phase on labels takes them."""
+        assert self._table is not None
+        return label_phase.question_encoder(dialogues, self._table, self.codec, self.config)
 
     def mixture(self, sources: Mapping[str, Sequence[Any]]) -> dict[str, float]:
         """Share of a batch that each source gets."""
@@ -217,7 +237,7 @@ class Run:
     def watch(self, phase: Phase, items: Iterator[Item], *, total: int | None = None) -> Iterator[Item]:
         """The items, with progress towards ``total``; the wait for each is the time of the rollout."""
         self._total = self._total if total is None else total
-        waited = "data" if phase.kind == "sft" else "rollout"
+        waited = "data" if phase.kind in ("sft", "labels") else "rollout"
         iterator = iter(items)
         with self.log.phase(phase.name, total=self._total, done=self._phase_step):
             while True:
@@ -253,7 +273,7 @@ class Run:
             self.log.say(warning)
         every = self.config.eval.every
         due = step == self._total or (every > 0 and step % every == 0)
-        if phase.kind == "rl" or due:
+        if phase.kind == "rl" or (due and phase.kind != "labels"):
             self.refresh(state.params)
         scores = self._score_dev(phase, state.params) if due else {}
         self._end(phase, step, state, {**metrics, **scores}, iterator)
@@ -338,6 +358,14 @@ class Run:
     def _score_dev(self, phase: Phase, params: Params) -> dict[str, float]:
         if not self._dev:
             return {}
+        if phase.kind == "labels":
+            assert self._table is not None
+            dev = self.data.split(self.config.data.dev_split)
+            steps = self.steps(self.config.cold_start.labels.optim)
+            with self.timer("eval"):
+                return label_phase.label_metrics(
+                    steps, params, dev, self._table, self.data.label_sets, self.codec, self.config
+                )
         with self.timer("eval"):
             metrics = dev_metrics(self.engine, self._dev, self.parts, self.data)
         value = metrics["dev/wf1"]

@@ -9,6 +9,7 @@ from typing import Any
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample, shuffle_gold
+from selfemo_jax.data.label_rows import Answered, LabelTable
 from selfemo_jax.data.pipeline import mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, Phase
@@ -173,6 +174,39 @@ def encode_example(
             think_open=prompt.think_open,
         )
     return prompt.token_ids, tuple(completion)
+
+
+def example_dialogues(
+    examples: Mapping[str, Sequence[Example]],
+) -> dict[str, tuple[tuple[Example, ...], ...]]:
+    """The examples of each dialogue, by source: the items of `cold_start.rows: dialogues`."""
+    found: dict[str, tuple[tuple[Example, ...], ...]] = {}
+    for name, chosen in examples.items():
+        groups: dict[str, list[Example]] = {}
+        for example in chosen:
+            groups.setdefault(example[0].root_id, []).append(example)
+        found[name] = tuple(map(tuple, groups.values()))
+    return found
+
+
+def encode_dialogue(
+    examples: Sequence[Example], codec: TextCodec, config: Config, *, table: LabelTable
+) -> list[Answered]:
+    """The examples of a dialogue as sequences that share what their prompts have in common."""
+    answered = []
+    for example in examples:
+        prompt, completion = encode_example(example, codec, config)
+        sample, opening = example[0], table.opening(example[0].dataset)
+        dropped = encode_input(sample, codec, config)[1].num_dropped_turns
+        answered.append(
+            Answered(
+                prompt_ids=prompt,
+                completion_ids=completion,
+                window=(sample.root_id, dropped),
+                label_at=len(opening) if completion[: len(opening)] == opening else None,
+            )
+        )
+    return answered
 
 
 def opening_inputs(

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.pipeline import input_stream
 from selfemo_jax.dry_run import describe
-from selfemo_jax.learn import rl_update, sft_update
+from selfemo_jax.learn import label_update, rl_update, sft_update
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.engine import RolloutError
 from selfemo_jax.rollout.stream import rollout_stream
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with open_run(config, command) as run:
             for phase in run.open_phases():
-                {"sft": supervised, "rl": self_grpo, "harvest": play}[phase.kind](run, phase)
+                kinds = {"labels": label_rows, "sft": supervised, "rl": self_grpo, "harvest": play}
+                kinds[phase.kind](run, phase)
             run.final_scores()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -62,6 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
     return 0
+
+
+def label_rows(run: Run, phase: Phase) -> None:
+    """Labels alone, one row a dialogue: cheap, and before any answer is written."""
+    settings = run.config.cold_start.labels
+    dialogues = run.label_dialogues()
+    total = math.ceil(settings.epochs * sum(map(len, dialogues.values())) / settings.batch_size)
+    steps = run.steps(settings.optim)
+    state, at = run.start(phase, steps, total_steps=total)
+    batches = input_stream(
+        dialogues, run.mixture(dialogues), run.encode_questions(dialogues),
+        batch_size=settings.batch_size, seed=run.seed(phase), state=at.iterator,
+    )  # fmt: skip
+    for step, batch in run.watch(phase, zip(range(at.step + 1, total + 1), batches, strict=False)):
+        rate = learning_rate(settings.optim, step=step - 1, total_steps=total)
+        where = f"{phase.name} step {step}"
+        state, metrics = label_update(
+            steps, state, batch.items, run.config, step=step, rate=rate, where=where, timer=run.timer
+        )
+        run.end_step(phase, step, state, metrics | {"lr": rate}, batch.state)
+    run.finish(phase, state)
 
 
 def supervised(run: Run, phase: Phase) -> None:

@@ -55,6 +55,18 @@ class Question:
     """Its weight against other questions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A full answer as it is trained on beside the others of its dialogue."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    window: tuple[str, int]
+    """As in `Question`."""
+    label_at: int | None
+    """Where the token that tells the label apart stands in the completion; None where it opens otherwise."""
+
+
 def label_table(inventories: Mapping[str, Sequence[str]], codec: TextCodec, *, thinking: bool) -> LabelTable:
     """The table of the data sets' labels under a tokenizer.
 
@@ -139,6 +151,28 @@ def label_sequences(asked: Sequence[Question]) -> list[TrainSequence]:
             token_weight=question.weight / total,
         )
         for question in asked
+    ]
+
+
+def answer_sequences(answered: Sequence[Answered], *, label_weight: float) -> list[TrainSequence]:
+    """Full answers as sequences; the weights of all their tokens sum to 1, that of the label counting
+    ``label_weight`` times."""
+    rows = []
+    for answer in answered:
+        weights = np.ones(len(answer.completion_ids))
+        if answer.label_at is not None:
+            weights[answer.label_at] = label_weight
+        rows.append(weights)
+    total = float(sum(weights.sum() for weights in rows))
+    windows: dict[tuple[str, int], int] = {}
+    return [
+        TrainSequence(
+            group=windows.setdefault(answer.window, len(windows)),
+            prompt_ids=answer.prompt_ids,
+            completion_ids=answer.completion_ids,
+            token_weight=tuple((weights / total).tolist()),
+        )
+        for answer, weights in zip(answered, rows, strict=True)
     ]
 
 

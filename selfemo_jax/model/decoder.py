@@ -24,6 +24,7 @@ from selfemo_jax.model.rope import rope_tables, rotate
 Params = dict[str, Any]
 """Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``,
 ``head [D, V]`` if untied."""
+_MATRICES = frozenset(("q", "k", "v", "o", "gate", "up", "down"))
 LOWER = "lower"
 """Where a tree for `forward` holds its frozen first blocks, stacked like ``layers``, which then holds the
 rest (`model/freeze.py`)."""
@@ -35,6 +36,8 @@ class Compute:
 
     dtype: str = "float32"
     """Activations and the weights at the moment of use; the stored weights keep their own type."""
+    product: str | None = None
+    """Type in which the blocks' matrix products take their inputs, summed in float32; None: ``dtype``."""
     remat: str = "none"
     """What the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full`` (whole
     layers)."""
@@ -196,8 +199,19 @@ def embed_tokens(
 
 
 def cast_layer(layer: Params, compute: Compute) -> Params:
-    """One block's weights in the compute dtype: the stored (master) weights keep theirs."""
-    return {name: weight.astype(compute.dtype) for name, weight in layer.items()}
+    """One block's weights in the compute dtype, its matrices in that of products: the stored (master) weights
+    keep theirs."""
+    return {name: weight.astype(weight_dtype(name, compute)) for name, weight in layer.items()}
+
+
+def weight_dtype(name: str, compute: Compute) -> str:
+    """The type in which a block's weight of that name is used."""
+    return compute.product or compute.dtype if name in _MATRICES else compute.dtype
+
+
+def head_dtype(compute: Compute) -> str:
+    """The type in which the output head's product takes its inputs."""
+    return "float32" if compute.logits_float32 else compute.product or compute.dtype
 
 
 def forward(
@@ -241,7 +255,7 @@ def forward(
 def head_weight(params: Params, compute: Compute) -> Float[Array, "D V"]:
     """The output head ``[D, V]``, the transposed embedding where tied, in the type its product runs in."""
     weight = params["head"] if "head" in params else params["embed"].T
-    return weight.astype(jnp.float32 if compute.logits_float32 else compute.dtype)
+    return weight.astype(head_dtype(compute))
 
 
 def logits(
@@ -250,7 +264,11 @@ def logits(
     """Float32 logits of hidden states."""
     del config
     weight = head_weight(params, compute)
-    return matmul(hidden.astype(weight.dtype), weight).astype(jnp.float32)
+    return matmul(_for_head(hidden, weight, compute), weight).astype(jnp.float32)
+
+
+def _for_head(hidden: jax.Array, weight: jax.Array, compute: Compute) -> jax.Array:
+    return hidden.astype(weight.dtype if compute.product is None else jnp.float32)
 
 
 def column_logits(
@@ -258,8 +276,8 @@ def column_logits(
 ) -> Float[Array, "*B C"]:
     """Float32 logits of a few tokens alone: those columns of the output head."""
     rows = params["head"][:, columns].T if "head" in params else jnp.take(params["embed"], columns, axis=0)
-    rows = rows.astype(jnp.float32 if compute.logits_float32 else compute.dtype)
-    return matmul(hidden.astype(rows.dtype), rows.T).astype(jnp.float32)
+    rows = rows.astype(head_dtype(compute))
+    return matmul(_for_head(hidden, rows, compute), rows.T).astype(jnp.float32)
 
 
 def token_logprobs(

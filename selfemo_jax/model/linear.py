@@ -18,25 +18,36 @@ backward pass."""
 
 
 def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
-    """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]`` of the same dtype."""
+    """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]``; the result has ``x``'s dtype.
+
+    Where the dtypes differ the product is of the weight's, summed in float32, forward and backward.
+    """
     return checkpoint_name(_matmul(x, w), PRODUCT)
 
 
 @jax.custom_vjp
 def _matmul(x, w):
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+    return _product(x.astype(w.dtype), w, (((x.ndim - 1,), (0,)), ((), ())), x.dtype)
+
+
+def _product(a, b, dimensions, dtype):
+    # XLA:CPU has fast kernels for bfloat16 products with a float32 result, and none with a bfloat16 one.
+    sums = None if a.dtype == dtype else jnp.float32
+    return lax.dot_general(a, b, dimensions, preferred_element_type=sums).astype(dtype)
 
 
 def _matmul_forward(x, w):
-    return _matmul(x, w), (x, w)
+    return _matmul(x, w), (x.astype(w.dtype), w)
 
 
 def _matmul_backward(residuals, g):
     x, w = residuals
-    dx = lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
+    narrow = g.astype(w.dtype)
+    dx = _product(narrow, w, (((g.ndim - 1,), (1,)), ((), ())), g.dtype)
     rows = tuple(range(x.ndim - 1))
-    dw = lax.dot_general(x, g, ((rows, rows), ((), ())))
-    return dx, dw
+    # Summed in float32 where the types differ; the cast to the weight's type is the last step.
+    dw = _product(x, narrow, ((rows, rows), ((), ())), g.dtype)
+    return dx, dw.astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -27,7 +27,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from selfemo_jax.algo.sampling import sample
 from selfemo_jax.model.attention import choose_backend, packed_attention
 from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.decoder import Compute, Params, embed_tokens, layer_output, layer_qkv
+from selfemo_jax.model.decoder import (
+    Compute,
+    Params,
+    embed_tokens,
+    head_dtype,
+    layer_output,
+    layer_qkv,
+    weight_dtype,
+)
 from selfemo_jax.model.linear import rms_norm
 from selfemo_jax.model.rope import rope_tables
 from selfemo_jax.model.sharding import RULES, abstract_params, partition_spec
@@ -100,14 +108,17 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
 def stack_layers(params: Params, *, config: ModelConfig, compute: Compute, unroll: bool) -> Params:
     """A copy of the weights in the compute dtype, cut into stacks, never the same buffers as ``params``."""
     cast = lambda x: jnp.array(x, dtype=compute.dtype, copy=True)  # noqa: E731
-    layers = jax.tree.map(cast, params["layers"])
+    layers = {
+        name: jnp.array(weight, dtype=weight_dtype(name, compute), copy=True)
+        for name, weight in params["layers"].items()
+    }
     pieces = [slice(i, i + 1) for i in range(config.num_layers)] if unroll else [slice(None)]
     head = params["head"] if "head" in params else params["embed"].T
     return {
         "embed": cast(params["embed"]),
         "stacks": tuple({name: weight[piece] for name, weight in layers.items()} for piece in pieces),
         "final_norm": cast(params["final_norm"]),
-        "head": jnp.array(head, dtype=jnp.float32 if compute.logits_float32 else compute.dtype, copy=True),
+        "head": jnp.array(head, dtype=head_dtype(compute), copy=True),
     }
 
 

@@ -4,11 +4,34 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from selfemo_jax.settings.model import Optim
-from selfemo_jax.settings.numbers import Count, Natural, Positive, Share
+from selfemo_jax.settings.numbers import Count, Natural, NotNegative, Positive, Share
 
 
 def _sft_optim() -> Optim:
     return Optim(lr=1e-5, b2=0.95, schedule="cosine", warmup=0.1)
+
+
+def _label_optim() -> Optim:
+    return Optim(lr=1e-4, b2=0.98, schedule="linear", warmup=0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRows:
+    """Labels alone, learned before any answer: one row a dialogue, a question after each labelled line. Made
+    for `output.prompt_style: dialogue`, whose prompts share the row."""
+
+    epochs: NotNegative = 0.0
+    """Passes over the dialogues of the training data, all their labelled lines; 0: no such phase."""
+    batch_size: Count = 8
+    """Dialogues per optimizer step."""
+    optim: Optim = field(default_factory=_label_optim)
+    """Learning rate and schedule of this phase."""
+    class_power: Share = 0.0
+    """A label counts as its frequency to the power of minus this: 0 all lines alike, 1 all labels alike."""
+    token_dropout: Share = 0.0
+    """Share of the dialogue's tokens that are blanked in training, for models that overfit."""
+    dev_dialogues: Count = 40
+    """Dev dialogues whose labels are scored when a dev score is due, fixed by the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +53,13 @@ class ColdStart:
     """Examples per optimizer step."""
     optim: Optim = field(default_factory=_sft_optim)
     """Learning rate and schedule of SFT."""
+    rows: Literal["examples", "dialogues"] = "examples"
+    """What batch_size counts: examples, each in a segment of its own, or dialogues, whose examples share what
+    their prompts have in common."""
+    label_weight: Positive = 1.0
+    """Weight of the token that tells the emotion label apart, where any other token has 1; rows dialogues."""
+    labels: LabelRows = field(default_factory=LabelRows)
+    """A phase before the cold start, on labels alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
