@@ -22,11 +22,11 @@ def comparisons(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
             split, name = score["split"], score["set"]
             if score["part"]:
                 continue
-            sides = [
+            before, after = (
                 [p for p in side.predictions.get(split, ()) if p.get("dataset") == name]
                 for side in (runs[0], run)
-            ]
-            found = compare(*sides, score["labels"])
+            )
+            found = compare(before, after, score["labels"])
             if found is not None:
                 rows.append({"first": 0, "second": place, "split": split, "set": name, **found})
     for family in ("p_bootstrap", "p_mcnemar"):
