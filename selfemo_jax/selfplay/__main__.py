@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags["bench"]:
             sizes = _sizes(flags["bench"])
             pool = fixed_subset(samples, max(sizes), seed=config.seed, purpose="selfplay")
-            # One call a turn, so that the number of dialogues is the batch.
-            config = replace(config, flywheel=replace(config.flywheel, dialogues_per_step=max(sizes)))
             _bench(functools.partial(play, config=config), pool, sizes, config.rl.group_size, console)
         else:
             opening = fixed_subset(samples, flags["num"], seed=config.seed, purpose="selfplay")
