@@ -24,7 +24,7 @@ class Question:
     """One chat of a system and a user message."""
 
     id: str
-    """For people and for choosing an endpoint; no part of the key."""
+    """For people; no part of the key."""
     system: str
     user: str
     attempt: int = 0

@@ -142,8 +142,9 @@ class Panel:
         endpoints = self.settings.endpoints
         if self.settings.assign == "all":
             return endpoints
-        # By the question alone: adding or dropping other questions moves none to another endpoint.
-        place = int.from_bytes(hashlib.sha256(question.id.encode("utf-8", "replace")).digest()[:8], "big")
+        # By the prompt alone: other questions move none to another endpoint, and one prompt has one answer.
+        words = f"{question.system}\n{question.user}".encode("utf-8", "replace")
+        place = int.from_bytes(hashlib.sha256(words).digest()[:8], "big")
         return (endpoints[place % len(endpoints)],)
 
     def _expert(self, endpoint: Endpoint) -> HttpExpert | PolicyExpert | ReplayExpert:

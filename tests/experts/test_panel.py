@@ -55,8 +55,12 @@ def test_questions_are_split_among_the_experts_and_marked(tmp_path):
         with panel(tmp_path, *both) as experts:
             part = [given[0].source for given in experts.ask(questions(40)[5:], what="test")]
     assert min(Counter(whole).values()) >= 10 and set(whole) == {"owl", "elk"}
-    # Who answers does not depend on what else is asked.
+    # Who answers does not depend on what else is asked, nor on the name of the question.
     assert part == whole[5:]
+    renamed = [Question(id="x", system=q.system, user=q.user) for q in questions(40)]
+    with panel(tmp_path, *both) as experts:
+        assert [given[0].source for given in experts.ask(renamed[5:], what="test")] == part
+        assert experts.asked == 0
     asked_models = Counter(request["model"] for request in requests(log)[:40])
     assert asked_models == {"m": whole.count("owl"), "n": whole.count("elk")}
 
