@@ -221,6 +221,11 @@ def _flywheel(config: Config) -> Iterator[str]:
             f"flywheel.drift.stop is {wheel.drift.stop}, below flywheel.drift.alarm {wheel.drift.alarm}; an "
             "alarm comes before a stop"
         )
+    if wheel.control == "original_only" and wheel.retrain.method != "grpo":
+        yield (
+            f"flywheel.control is original_only and flywheel.retrain.method is {wheel.retrain.method}, which "
+            "learns the harvest's answers; set flywheel.retrain.method to grpo"
+        )
     if wheel.verifier.weights == "base" and config.model.path is None:
         yield (
             "flywheel.verifier.weights is base and model.path is null: a policy with random weights "

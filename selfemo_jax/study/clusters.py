@@ -163,6 +163,7 @@ def policy_vectors(sentences: Sequence[str], checkpoint: str, *, batch_size: int
     """Unit vectors [N, D]: the policy's hidden states after the final norm, averaged over a sentence's
     tokens, less their mean over all sentences, which every sentence shares."""
     import jax
+    import jax.numpy as jnp
 
     from selfemo_jax.checkpoint import find_checkpoint
     from selfemo_jax.config_io import read_config
@@ -178,17 +179,17 @@ def policy_vectors(sentences: Sequence[str], checkpoint: str, *, batch_size: int
 
     @jax.jit
     def pooled(params, tokens, mask):
-        positions = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), tokens.shape)
         hidden = forward(
             params,
             parts.model,
             parts.compute,
             tokens=tokens,
             positions=positions,
-            segment_ids=mask.astype(np.int32),
-            prefix_ids=np.full(tokens.shape, -1, np.int32),
+            segment_ids=mask.astype(jnp.int32),
+            prefix_ids=jnp.full(tokens.shape, -1, jnp.int32),
         )
-        hidden = hidden.astype(np.float32) * mask[..., None]
+        hidden = hidden.astype(jnp.float32) * mask[..., None]
         return hidden.sum(axis=1) / mask.sum(axis=1, keepdims=True)
 
     rows = []

@@ -3,9 +3,15 @@
 import json
 import random
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
+from selfemo_jax.checkpoint import save_weights
+from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.decoder import Compute, forward, init_params
+from selfemo_jax.parts import bundled_tokenizer
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study.clusters import (
     MASK,
@@ -16,6 +22,7 @@ from selfemo_jax.study.clusters import (
     policy_vectors,
     tfidf_vectors,
 )
+from tests.fabricated import codec
 
 WORDS = {
     "calm": "gentle patient listener calm soothing quiet kindness slow tender reassuring",
@@ -101,17 +108,29 @@ def test_too_few_personas_and_odd_lines_are_errors(tmp_path, capsys):
     assert study.main(["clusters"]) == 2
 
 
-def test_vectors_of_a_policy_do_not_depend_on_the_batch_or_the_padding():
-    from tests import micro
-
-    sentences = [
-        "Row.",
-        "A gentle, patient listener who seems to wait for the tide.",
-        "A loud one.",
-    ]
-    policy = str(micro.base_policy())
-    alone = policy_vectors(sentences, policy, batch_size=1)
-    assert alone.shape == (3, micro.SHAPE["embed_dim"])
+def test_vectors_of_a_policy_do_not_depend_on_the_batch_or_the_padding(tmp_path):
+    vocab_size = -(-codec().vocab_size // 128) * 128
+    model = ModelConfig(
+        architecture="qwen3", vocab_size=vocab_size, rope_theta=1e4, tie_embeddings=True, max_positions=256,
+        num_layers=1, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=16,
+    )  # fmt: skip
+    params = init_params(model, jax.random.key(0))
+    save_weights(tmp_path / "policy", params, model, tokenizer=bundled_tokenizer(), certificate={})
+    sentences = ["Row.", "A gentle, patient listener who seems to wait for the tide.", "A loud one."]
+    alone = policy_vectors(sentences, str(tmp_path / "policy"), batch_size=1)
+    assert alone.shape == (3, 32)
     np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(policy_vectors(sentences, policy, batch_size=4), alone, atol=1e-5)
-    assert np.abs(alone[0] - alone[1]).max() > 0.05
+    together = policy_vectors(sentences, str(tmp_path / "policy"), batch_size=4)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    # By hand: the mean of the hidden states of one sentence, alone in its row.
+    means = []
+    for sentence in sentences:
+        ids = jnp.array([codec().encode_data(sentence)], jnp.int32)
+        hidden = forward(
+            params, model, Compute(), tokens=ids, positions=jnp.arange(ids.shape[1])[None],
+            segment_ids=jnp.ones_like(ids), prefix_ids=jnp.full_like(ids, -1),
+        )  # fmt: skip
+        means.append(np.asarray(hidden[0]).mean(axis=0))
+    expected = np.array(means) - np.mean(means, axis=0)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(alone, expected, atol=1e-4)
