@@ -1,5 +1,6 @@
 """A refresh is believed when it is proven: each way of serving something else is found."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -150,6 +151,7 @@ def test_what_is_not_the_new_version_never_serves(tied, faults, size):
     assert metrics["sync/by_digests"] == 0.0 and metrics["sync/residual"] < 2e-5
 
 
+@pytest.mark.slow
 def test_two_refreshes_in_a_row_that_are_not_proven_stop_the_run(tmp_path):
     params = sharp(TIED)
     with fake_engine(tmp_path, TIED, on_unproven="rollback") as (engine, servers):
@@ -162,6 +164,7 @@ def test_two_refreshes_in_a_row_that_are_not_proven_stop_the_run(tmp_path):
             run(engine, make_requests((5,)))
 
 
+@pytest.mark.slow
 def test_stop_means_stop_and_the_server_is_not_left_paused(tmp_path):
     params = sharp(SERVED)
     with fake_engine(tmp_path, replicas=2) as (engine, servers):
@@ -178,6 +181,7 @@ def test_stop_means_stop_and_the_server_is_not_left_paused(tmp_path):
             assert answer.status_code == 200
 
 
+@pytest.mark.slow
 def test_the_first_refresh_is_proven_by_digests_and_a_wrong_first_one_is_refused(tmp_path):
     with fake_engine(tmp_path / "right") as (engine, servers):
         engine.update_policy(sharp(SERVED), version=0)
@@ -192,6 +196,7 @@ def test_the_first_refresh_is_proven_by_digests_and_a_wrong_first_one_is_refused
             engine.update_policy(sharp(SERVED), version=0)
 
 
+@pytest.mark.slow
 def test_rollouts_sharpen_the_slope_and_old_weights_behind_a_new_name_stop_the_run(tmp_path):
     params = sharp(SERVED)
     with fake_engine(tmp_path) as (engine, servers):
@@ -201,19 +206,10 @@ def test_rollouts_sharpen_the_slope_and_old_weights_behind_a_new_name_stop_the_r
         metrics = engine.take_metrics()
         assert metrics["sync/slope"] == pytest.approx(1.0, abs=0.05)
         assert metrics["sync/slope_error"] < 0.1
-        engine.update_policy(nudged(params, size=5e-3), version=3)
-        # From now on rollouts come from an older version, though nothing says so.
-        fault(servers, keep_cache=True)
-        engine._serving, old = engine._serving, engine._before
+        # From now on prompts and rollouts come from the version before, though nothing says so.
+        serving = engine._serving
         newer = nudged(params, size=8e-3)
-        engine._before, engine._serving = engine._serving.params, _renamed(engine._serving, newer)
+        engine._before, engine._serving = serving.params, dataclasses.replace(serving, params=newer)
         run(engine, make_requests((5, 20, 30), num=8), temperature=1.0)
-        assert old is not None
         with pytest.raises(RefreshError, match="rollout tokens towards their own version"):
             engine.update_policy(nudged(params, size=9e-3), version=4)
-
-
-def _renamed(serving, params):
-    import dataclasses
-
-    return dataclasses.replace(serving, params=params)

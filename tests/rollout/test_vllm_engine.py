@@ -10,8 +10,9 @@ from selfemo_jax.model.decoder import Compute
 from selfemo_jax.model.sharding import make_mesh
 from selfemo_jax.rollout.engine import Request, RolloutError, Sampling
 from selfemo_jax.rollout.trainer_logprobs import TrainerLogprobs
+from selfemo_jax.settings.rollout import Rollout
 from tests.rollout.common import make_requests, run
-from tests.rollout.served import SERVED, fake_engine, fault, nudged, served_count, sharp
+from tests.rollout.served import SERVED, fake_engine, fault, nudged, over, served_count, sharp
 
 SAMPLING = Sampling(max_tokens=12, temperature=1.0, stop_ids=(3,))
 
@@ -132,6 +133,7 @@ def test_unchanged_weights_are_not_sent_again(served, params):
     engine.update_policy(params, version=4)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_it_samples_is_brought_back_and_asked_again(tmp_path, params):
     with fake_engine(tmp_path, replicas=2) as (engine, servers):
         engine.update_policy(params, version=1)
@@ -151,6 +153,7 @@ def test_a_server_that_dies_while_it_samples_is_brought_back_and_asked_again(tmp
         assert metrics["rollout/restarts"] == 1 and metrics["rollout/recovery_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_server_killed_between_steps_is_brought_back_by_the_next_refresh(tmp_path, params):
     with fake_engine(tmp_path) as (engine, servers):
         engine.update_policy(params, version=1)
@@ -163,6 +166,7 @@ def test_a_server_killed_between_steps_is_brought_back_by_the_next_refresh(tmp_p
         assert engine.take_metrics()["rollout/restarts"] == 2
 
 
+@pytest.mark.slow
 def test_servers_that_cannot_be_brought_back_stop_the_run(tmp_path, params):
     with fake_engine(tmp_path) as (engine, servers):
         engine.update_policy(params, version=1)
@@ -174,6 +178,7 @@ def test_servers_that_cannot_be_brought_back_stop_the_run(tmp_path, params):
             ask(engine)
 
 
+@pytest.mark.slow
 def test_a_refresh_waits_for_rollouts_under_way_and_none_is_mixed(tmp_path, params):
     with fake_engine(tmp_path, delay=0.3) as (engine, _):
         engine.update_policy(params, version=1)
@@ -198,9 +203,6 @@ def test_a_closed_engine_and_one_without_a_policy_say_so(tmp_path):
 
 
 def test_an_error_of_the_start_is_raised_where_the_servers_are_first_needed(tmp_path, params):
-    from selfemo_jax.settings.rollout import Rollout
-    from tests.rollout.served import over
-
     def start():
         raise RuntimeError("vLLM server 1 of 1 ended with status 70")
 
