@@ -23,6 +23,8 @@ SCRIPTS = (
     "dialogues.js",
     "page.js",
 )
+LICENCE = "vendor/uPlot.LICENSE.txt"
+"""Asked for with every copy of the charts' code, and so with every report."""
 STYLES = ("vendor/uPlot.min.css", "style.css")
 
 
@@ -30,7 +32,7 @@ def pieces(title: str, blocks: Iterable[tuple[str, Any]]) -> Iterator[str]:
     """The page piece by piece. ``blocks`` are (kind, content); the page decodes the summary first wherever it
     stands, and the others in their order."""
     style = "\n".join(map(_asset, STYLES))
-    script = "\n".join(map(_asset, SCRIPTS))
+    script = "\n".join((f"/*\n{_asset(LICENCE)}*/", *map(_asset, SCRIPTS)))
     assert "</script" not in script.lower() and "</style" not in style.lower(), (
         "an asset ends its own element"
     )

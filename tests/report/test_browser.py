@@ -42,7 +42,8 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    folder = write_run(tmp_path_factory.mktemp("one") / "run", steps=40, text=HOSTILE)
+    name = HOSTILE.replace("/", "")[:60]
+    folder = write_run(tmp_path_factory.mktemp("one") / name, steps=40, text=HOSTILE)
     write_clusters(folder, HOSTILE)
     return write_report([folder])
 
@@ -114,6 +115,9 @@ def test_hostile_texts_are_shown_as_text(chromium, one):
         assert HOSTILE.replace("\u2028", "") in shown.replace("\u2028", "")
         assert page.locator(".talk", has_text="onerror").count() >= 2, "in the dialogue and in self-play"
         assert "onerror" in page.locator("svg.map circle title").first.text_content()
+        assert page.locator("figcaption, .u-legend", has_text="onerror").count() > 2, (
+            "metric, name of the run"
+        )
         assert page.locator("img, main b b, pre *").count() == 0
         assert page.evaluate("() => window.broken") is None
 

@@ -90,7 +90,7 @@ function disagreeing() {
 
 function rolloutSection(report) {
   if (!report.runs.some((run) => run.num_rollouts)) return null;
-  const runs = report.runs, list = h("div", { class: "list", tabindex: "0", role: "list", "aria-label": "Rollouts" });
+  const runs = report.runs, list = h("div", { class: "list", tabindex: "0", "aria-label": "Rollouts" });
   const space = h("div", { class: "space" }), count = h("span", { id: "count" }), loading = h("span", { id: "loaded" });
   list.append(space);
   const selects = h("div", { class: "controls" });
@@ -165,7 +165,7 @@ function drawRows() {
 
 function rowElement(row, place) {
   const group = store.groups[store.group[row]], several = browser.runs.length > 1;
-  return h("button", { class: "row", role: "listitem", style: { top: `${place * browser.height}px` }, "data-row": row, onclick: () => openGroup(row) },
+  return h("button", { class: "row", style: { top: `${place * browser.height}px` }, "data-row": row, onclick: () => openGroup(row) },
     h("div", { class: "facts" },
       several ? [h("i", { class: "dot", style: { background: `var(--c${group.run % 8})` } }), " "] : null,
       h("b", {}, `R ${fixed(store.R[row], 2)}`), ` · r1 ${fixed(store.r1[row], 2)} · r2 ${fixed(store.r2[row], 2)} · A ${fixed(store.advantage[row], 2)} · `,
