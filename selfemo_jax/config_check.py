@@ -131,6 +131,23 @@ def _objective(config: Config) -> Iterator[str]:
     convex = "convex" in (reward.combine or reward.preset)
     if reward.lambda_max is not None and convex and reward.lambda_max > 1:
         yield f"reward.lambda_max is {reward.lambda_max}; expected 0 to 1 for a weighted mean"
+    if reward.divide != "core" and reward.consensus != "count":
+        yield (
+            f"reward.divide is {reward.divide} and reward.consensus is {reward.consensus}, which counts "
+            "nothing; set reward.consensus to count, or divide to core"
+        )
+    if reward.smoothing and reward.primary != "wiou":
+        yield f"reward.smoothing is {reward.smoothing}: it smooths wiou, reward.primary is {reward.primary}"
+    if reward.similarity and reward.primary != "similarity":
+        yield (
+            f"reward.similarity is given and reward.primary is {reward.primary}; set primary to similarity"
+        )
+    for pair, value in reward.similarity.items():
+        one, _, other = pair.partition("/")
+        if not re.fullmatch(r"[a-z]+/[a-z]+", pair) or one == other:
+            yield f"reward.similarity names {pair!r}; expected two different lower-case labels as one/other"
+        if not 0 <= value <= 1:
+            yield f"reward.similarity.{pair} is {value}; expected 0 to 1"
     if reward.function is not None:
         module, colon, function = reward.function.partition(":")
         if not colon or not re.fullmatch(r"\w+(\.\w+)*", module) or not function.isidentifier():

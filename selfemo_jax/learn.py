@@ -118,6 +118,8 @@ def rl_update(
     """
     micro_rows = config.batch.micro_rows
     packs = [_pack(s, config.rl.layout, config) for s in _mini_batches(scored, config) if s]
+    if config.loss.aggregation == "micro-token-mean":
+        packs = [_weighed_by_micro_batch(packed, micro_rows) for packed in packs]
     num_updates = len(packs) * config.rl.updates_per_batch
     on_policy = num_updates == 1 and not _corrects(config)
     gaps: list[dict[str, float]] = []
@@ -167,7 +169,9 @@ def _mini_batches(scored: Scored, config: Config) -> list[list[TrainSequence]]:
         members = [(p, g) for p in prompts for g in range(len(scored.completions[p]))]
         lengths = np.array([len(scored.completions[p][g].token_ids) for p, g in members], np.int64)
         norm = config.loss.norm_constant or float(config.rollout.max_tokens)
-        weights = token_weights(lengths, config.loss.aggregation, norm_constant=norm)
+        # Micro-batches are known once the rows are: their weights are decided there.
+        mode = "token-mean" if config.loss.aggregation == "micro-token-mean" else config.loss.aggregation
+        weights = token_weights(lengths, mode, norm_constant=norm)
         batches.append(
             [
                 TrainSequence(
@@ -192,6 +196,15 @@ def _over(name: str):
 def _corrects(config: Config) -> bool:
     """Whether the loss weighs tokens by how far the sampler was from the trainer."""
     return config.loss.importance != "off" or config.loss.importance_band is not None
+
+
+def _weighed_by_micro_batch(packed: Packed, micro_rows: int) -> Packed:
+    lengths = np.array([place.length for place in packed.places])
+    micro_batches = np.array([place.row // micro_rows for place in packed.places])
+    weights = token_weights(lengths, "micro-token-mean", micro_batches=micro_batches)
+    values = [np.full(length, weight) for length, weight in zip(lengths, weights, strict=True)]
+    batch = replace(packed.batch, token_weights=scatter(values, packed, fill=0.0))
+    return replace(packed, batch=batch)
 
 
 def _importance(

@@ -94,6 +94,7 @@ def load_data(config: Config) -> RunData:
     report["evaluation_inputs"] = {
         split: {name: len(samples) for name, samples in sets.items()} for split, sets in evaluation.items()
     }
+    _check_similarity(config.reward.similarity, [corpus.label_set for corpus in corpora.values()])
     return RunData(
         label_sets={name: corpus.label_set for name, corpus in corpora.items()},
         train=train,
@@ -165,6 +166,15 @@ def _without_personas(corpus: Corpus) -> Corpus:
 def _training_rule(config: Config) -> str:
     """Which utterances become training inputs; without self-play none needs a real responder."""
     return "any_responder" if config.flywheel.control == "all_original" else config.data.rule
+
+
+def _check_similarity(pairs: Mapping[str, float], sets: Sequence[LabelSet]) -> None:
+    for pair in pairs:
+        if not any(set(pair.split("/")) <= set(labels.labels) for labels in sets):
+            names = "; ".join(f"{labels.name}: {', '.join(labels.labels)}" for labels in sets)
+            raise ValueError(
+                f"reward.similarity names {pair!r}, but no data set has both labels; the lists are {names}"
+            )
 
 
 def _majority(corpus: Corpus) -> str:

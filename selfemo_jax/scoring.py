@@ -28,13 +28,14 @@ from selfemo_jax.algo.rewards import (
     load_reward,
     reward_preset,
     reward_weight,
+    similarity_reward,
     weighted_iou,
 )
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.grammar import Answer, parse
 from selfemo_jax.data.inputs import Sample
-from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array
+from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array, similarity_array
 from selfemo_jax.data.prompts import Prompt
 from selfemo_jax.rollout.engine import Completion, Group
 
@@ -63,7 +64,8 @@ class Scored:
 
 def make_scorer(config: Config) -> Scorer:
     """The reward, consensus and advantage kernels of this run as one compiled function of
-    ``(pred [P, G, C], gold [P, C], valid [P, G], present [P, G], class_mask [P, C], step, total_steps)``."""
+    ``(pred [P, G, C], gold [P, C], valid [P, G], present [P, G], class_mask [P, C], step, total_steps,
+    similarity [P, C, C] or None)``."""
     settings, preset = config.reward, reward_preset(config.reward.preset)
     preset = dataclasses.replace(preset, form=settings.combine or preset.form)
     presence = preset.presence if settings.presence is None else settings.presence
@@ -71,19 +73,28 @@ def make_scorer(config: Config) -> Scorer:
     custom = load_reward(settings.function) if settings.function else None
 
     @jax.jit
-    def score(pred, gold, valid, present, mask, step, total_steps):
+    def score(pred, gold, valid, present, mask, step, total_steps, similarity):
         if custom is not None:
             r1 = custom(pred, gold, valid, mask)
         elif settings.primary == "accuracy":
             r1 = argmax_accuracy(pred, gold, valid)
+        elif settings.primary == "similarity":
+            r1 = similarity_reward(pred, gold, valid, similarity)
         else:
-            r1 = weighted_iou(pred, gold, valid)
+            r1 = weighted_iou(pred, gold, valid, smoothing=settings.smoothing, class_mask=mask)
         r1 = jnp.where(valid, r1, settings.fail_value)
         if settings.consensus == "off":
             r2, rewards, weight = jnp.zeros_like(r1), r1, jnp.float32(0.0)
         else:
             r2 = consensus_reward(
-                pred, valid, mask, top_k=settings.top_k, presence=presence, kind=settings.consensus
+                pred,
+                valid,
+                mask,
+                top_k=settings.top_k,
+                presence=presence,
+                kind=settings.consensus,
+                core=settings.core,
+                divide=settings.divide,
             )
             schedule = settings.lambda_schedule
             weight = reward_weight(step, total_steps, lambda_max=lambda_max, schedule=schedule)
@@ -106,7 +117,7 @@ def make_scorer(config: Config) -> Scorer:
             kind=config.advantages.kind,
             eps=config.advantages.eps,
         )
-        distribution = core_distribution(pred, valid, mask)
+        distribution = core_distribution(pred, valid, mask, core=settings.core, presence=presence)
         core = core_set(distribution, top_k=settings.top_k)
         only, only_share = share_r2_only(r1, r2, advantages, present)
         return {
@@ -182,9 +193,11 @@ def score_groups(
     pred, valid = answers_to_arrays(full, inventories, num_classes=num_classes)
     gold = gold_to_array([sample.gold for sample in samples], inventories, num_classes=num_classes)
     mask = class_mask(inventories, num_classes=num_classes)
-    computed = jax.device_get(
-        scorer(pred, gold, valid, present, mask, np.float32(step), np.float32(total_steps))
-    )
+    similarity = None
+    if config.reward.primary == "similarity":
+        similarity = similarity_array(config.reward.similarity, inventories, num_classes=num_classes)
+    times = (np.float32(step), np.float32(total_steps))
+    computed = jax.device_get(scorer(pred, gold, valid, present, mask, *times, similarity))
     arrays = {name: computed.pop(name) for name in ("r1", "r2", "rewards", "advantages")}
     metrics = {name: float(value) for name, value in computed.items()}
     metrics |= _summary(arrays, present, valid, answers, groups)

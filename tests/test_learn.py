@@ -135,6 +135,23 @@ def test_aggregations_weigh_the_tokens_of_a_mini_batch(recorder, loss, expected)
     assert {target: found[target] for target in expected} == pytest.approx(expected)
 
 
+def test_micro_token_mean_gives_each_micro_batch_the_same_say(recorder):
+    sizes = {"prompts_per_step": 4, "mini_prompts": 2, "group_size": 2, "layout": "separate"}
+    config = settings(
+        rl=sizes, loss={"aggregation": "micro-token-mean"}, batch={"row_tokens": 256, "micro_rows": 2}
+    )
+    learned(config)
+    found = by_target(recorder.updates[0][0], "token_weights")
+    # Rows, longest first: 5 and 3 targets in the first micro-batch, 2 and 1 in the second.
+    assert found == {
+        **dict.fromkeys(range(20, 23), pytest.approx(1 / 16)),
+        23: pytest.approx(1 / 6),
+        **dict.fromkeys(range(24, 29), pytest.approx(1 / 16)),
+        **dict.fromkeys(range(29, 31), pytest.approx(1 / 6)),
+    }
+    assert sum(found.values()) == pytest.approx(1)
+
+
 def test_every_token_carries_the_advantage_of_its_rollout(recorder):
     learned(configured())
     found = by_target(recorder.updates[0][0], "advantages")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from selfemo_jax import run_data
-from selfemo_jax.config import Config, DataSection
+from selfemo_jax.config import Config, DataSection, Reward
 from selfemo_jax.data.dialogues import IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
 from selfemo_jax.run_data import by_dataset, fixed_subset, load_data
 from tests.fabricated import sample
@@ -74,6 +74,18 @@ def test_parts_are_those_of_the_data_before_decontamination(loaded):
         assert data.parts["meld/test/x"] == "shared"
         assert {s.root_id for split in ("dev", "test") for s in data.split(split)} == data.parts.keys()
         assert set(data.parts.values()) == {"shared", "clean"}
+
+
+def test_a_similarity_of_labels_that_no_set_has_is_refused(monkeypatch):
+    monkeypatch.setattr(run_data, "load_corpora", lambda names, root, **options: tuple(corpora().values()))
+
+    def load(pair):
+        reward = Reward(primary="similarity", similarity={pair: 0.5})
+        return load_data(Config(reward=reward, data=DataSection(sets=["meld", "iemocap"])))
+
+    load("happy/excited")
+    with pytest.raises(ValueError, match="'joy/happy', but no data set has both labels"):
+        load("joy/happy")
 
 
 def test_training_inputs_follow_the_rule_and_evaluation_takes_every_labelled_turn(loaded):

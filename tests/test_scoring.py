@@ -289,3 +289,20 @@ def test_the_scale_of_advantages_reaches_the_kernel(scale):
 def test_texts_are_without_the_end_of_turn():
     assert golden().texts[0] == GOLDEN
     assert fabricated.codec().eos_id == completion(GOLDEN[0]).token_ids[-1]
+
+
+def test_reward_options_reach_the_kernels():
+    config = settings(reward={"primary": "similarity", "similarity": {"joy/surprise": 0.5}})
+    found = scored(config, [sample(gold={"joy": 1.0})], [group("a", GOLDEN)])
+    # GOLDEN: joy; joy .7, surprise .3; surprise .6, neutral .4; malformed.
+    near(found.r1[0], (1.0, 0.85, 0.3, 0.0))
+    smoothed = scored(settings(reward={"smoothing": 0.7}), [sample(gold={"joy": 1.0})], [group("a", GOLDEN)])
+    # 0.1 is added to each of seven labels on both sides: (1.1 + .6) / 1.7 and, for the wrong one, .7 / 2.7.
+    near(smoothed.r1[0][[0, 2]], (1.0, 0.7 / 2.7))
+    alike = [text([("joy", 1.0)])] * 4
+    thirds = scored(settings(reward={"divide": "top_k"}), [sample(gold={"joy": 1.0})], [group("a", alike)])
+    near(thirds.r2[0], [1 / 3] * 4)
+    loud = [text([("joy", 0.1)])] * 2 + [text([("fear", 1.0)]), text([("joy", 0.1)])]
+    for core, expected in (("mean", [1, 1, 0, 1]), ("raw_mean", [0, 0, 1, 0])):
+        config = settings(reward={"core": core, "top_k": 1})
+        near(scored(config, [sample(gold={"joy": 1.0})], [group("a", loud)]).r2[0], expected)

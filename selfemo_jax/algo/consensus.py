@@ -12,22 +12,42 @@ from jaxtyping import Array, Bool, Float
 
 from selfemo_jax.algo.rewards import normalize_weights
 
+Core = Literal["mean", "raw_mean", "count"]
 # Labels whose shares differ by less are tied: float32 sums of the same numbers in another order differ in the
 # last bits.
 TIE_TOLERANCE = 1e-6
 
 
-def core_distribution(
-    pred: Float[Array, "P G C"], valid: Bool[Array, "P G"], class_mask: Bool[Array, "P C"]
-) -> Float[Array, "P C"]:
-    """Mean of the normalised weights over the valid rollouts of each prompt (equation 11).
+def _named(q_PGC: Float[Array, "P G C"], presence: float) -> Bool[Array, "P G C"]:
+    """Labels that a rollout names: normalised weight of at least `presence`, or above 0 for presence 0."""
+    # .05 / (.05 + .95) may fall one bit short of .05 in float32.
+    return q_PGC >= presence - 1e-6 if presence > 0 else q_PGC > 0
 
-    Zero outside `class_mask`, so a row sums to 1 less the weight of unknown labels; all zero without a valid
-    rollout.
+
+def core_distribution(
+    pred: Float[Array, "P G C"],
+    valid: Bool[Array, "P G"],
+    class_mask: Bool[Array, "P C"],
+    *,
+    core: Core = "mean",
+    presence: float = 0.0,
+) -> Float[Array, "P C"]:
+    """What the valid rollouts of each prompt say about its labels (equation 11); only its order matters.
+
+    mean: mean of the normalised weights; a row sums to 1 less the weight of unknown labels. raw_mean: mean of
+    the weights as written, so that answers with large weights say more. count: share of the rollouts that
+    name the label, as `presence` defines naming. Zero outside `class_mask` and without a valid rollout.
     """
-    q_PGC = normalize_weights(jnp.where(valid[:, :, None], pred, 0.0))
-    num_valid_P = valid.sum(axis=1)
-    mean_PC = q_PGC.sum(axis=1) / jnp.maximum(num_valid_P, 1)[:, None]
+    safe_PGC = jnp.where(valid[:, :, None], pred, 0.0).astype(jnp.float32)
+    if core == "mean":
+        said_PGC = normalize_weights(safe_PGC)
+    elif core == "raw_mean":
+        said_PGC = safe_PGC
+    elif core == "count":
+        said_PGC = _named(normalize_weights(safe_PGC), presence).astype(jnp.float32)
+    else:
+        raise ValueError(f"core_distribution: core is {core!r}, expected mean, raw_mean or count")
+    mean_PC = said_PGC.sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)[:, None]
     return jnp.where(class_mask, mean_PC, 0.0)
 
 
@@ -54,24 +74,31 @@ def consensus_reward(
     top_k: int = 3,
     presence: float = 0.0,
     kind: Literal["count", "mass"] = "count",
+    core: Core = "mean",
+    divide: Literal["core", "top_k"] = "core",
 ) -> Float[Array, "P G"]:
     """r2 in [0, 1]: how much of the group's core each rollout names (equation 12); 0 where not valid.
 
-    count: named core labels / max(1, size of the core). A label is named when its normalised weight is at
-    least `presence`; presence 0 is the literal reading, any listed weight above 0. mass: normalised weight on
-    the core labels, which padding the list cannot raise.
+    count: named core labels over the size of the core, or always over `top_k` by `divide`, which rewards a
+    group less the more it agrees. A label is named when its normalised weight is at least `presence`;
+    presence 0 is the literal reading, any listed weight above 0. mass: normalised weight on the core labels,
+    which padding the list cannot raise. `core` is how the core is found (`core_distribution`).
     """
     if not 0.0 <= presence <= 1.0:
         raise ValueError(f"consensus_reward: presence is {presence}, expected 0 to 1")
-    core_PC = core_set(core_distribution(pred, valid, class_mask), top_k=top_k)
+    shares_PC = core_distribution(pred, valid, class_mask, core=core, presence=presence)
+    core_PC = core_set(shares_PC, top_k=top_k)
     q_PGC = normalize_weights(jnp.where(valid[:, :, None], pred, 0.0))
     if kind == "mass":
         reward_PG = jnp.where(core_PC[:, None, :], q_PGC, 0.0).sum(axis=-1)
     elif kind == "count":
-        # .05 / (.05 + .95) may fall one bit short of .05 in float32.
-        named_PGC = q_PGC >= presence - 1e-6 if presence > 0 else q_PGC > 0
-        hits_PG = (named_PGC & core_PC[:, None, :]).sum(axis=-1)
-        reward_PG = hits_PG / jnp.maximum(core_PC.sum(axis=-1), 1)[:, None]
+        hits_PG = (_named(q_PGC, presence) & core_PC[:, None, :]).sum(axis=-1)
+        if divide == "core":
+            reward_PG = hits_PG / jnp.maximum(core_PC.sum(axis=-1), 1)[:, None]
+        elif divide == "top_k":
+            reward_PG = hits_PG / top_k
+        else:
+            raise ValueError(f"consensus_reward: divide is {divide!r}, expected core or top_k")
     else:
         raise ValueError(f"consensus_reward: kind is {kind!r}, expected count or mass")
     return jnp.where(valid, reward_PG, 0.0).astype(jnp.float32)

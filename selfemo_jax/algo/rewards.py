@@ -82,6 +82,23 @@ def weighted_iou(
     return jnp.where(scored_PG & (union_PG > 0), overlap_PG / jnp.where(union_PG > 0, union_PG, 1.0), 0.0)
 
 
+def similarity_reward(
+    pred: Float[Array, "P G C"],
+    gold: Float[Array, "P C"],
+    valid: Bool[Array, "P G"],
+    similarity: Float[Array, "P C C"],
+) -> Float[Array, "P G"]:
+    """Sum over labels e, f of q(e) similarity(e, f) g(f) of the normalised weights; 0 where not valid.
+
+    In [0, 1] for similarities in [0, 1]. With the identity it is the overlap of two one-hot answers; close
+    labels (happy and excited) then earn their similarity in place of nothing. Unlike `weighted_iou` it is not
+    largest at the gold weights: all weight on the label most similar to the gold is best.
+    """
+    q_PGC = normalize_weights(jnp.where(valid[:, :, None], pred, 0.0))
+    worth_PC = jnp.einsum("pef,pf->pe", similarity, normalize_weights(gold))
+    return jnp.where(valid, jnp.einsum("pgc,pc->pg", q_PGC, worth_PC), 0.0)
+
+
 def argmax_accuracy(
     pred: Float[Array, "P G C"], gold: Float[Array, "P C"], valid: Bool[Array, "P G"]
 ) -> Float[Array, "P G"]:

@@ -60,6 +60,25 @@ def class_mask(inventories: Sequence[Sequence[str]], *, num_classes: int) -> Boo
     return mask
 
 
+def similarity_array(
+    pairs: Mapping[str, float], inventories: Sequence[Sequence[str]], *, num_classes: int
+) -> Float[np.ndarray, "P C C"]:
+    """Similarity of every two label slots: 1 of a label with itself, ``pairs["one/other"]`` both ways, or 0.
+
+    Labels are lower case. A pair of which an inventory lacks a label says nothing there. The slot of unknown
+    labels is like none.
+    """
+    array = np.zeros((len(inventories), num_classes, num_classes), np.float32)
+    for p, inventory in enumerate(inventories):
+        slots = _slots(tuple(inventory), num_classes)
+        array[p, : len(slots), : len(slots)] = np.eye(len(slots))
+        for pair, value in pairs.items():
+            one, _, other = pair.partition("/")
+            if one in slots and other in slots:
+                array[p, slots[one], slots[other]] = array[p, slots[other], slots[one]] = value
+    return array
+
+
 @lru_cache(maxsize=256)
 def _slots(inventory: tuple[str, ...], num_classes: int) -> Mapping[str, int]:
     if len(inventory) >= num_classes:

@@ -1,6 +1,6 @@
 """Settings of the objective: reward, advantages, loss, sizes of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from selfemo_jax.settings.numbers import Bounds, Count, Finite, NotNegative, Positive, Share
@@ -25,12 +25,22 @@ class Reward:
     """Size of the core emotion set."""
     consensus: Literal["count", "mass", "off"] = "count"
     """r2 counts the core labels an answer names, adds their weights, or is not used."""
+    core: Literal["mean", "raw_mean", "count"] = "mean"
+    """How a group's core is found: by mean normalised weight, mean weight as written, or how many name it."""
+    divide: Literal["core", "top_k"] = "core"
+    """Consensus count divides by the labels that the core has, or always by top_k."""
     fail_value: Finite = 0.0
     """Reward of an answer outside the grammar."""
     function: str | None = None
     """A reward of your own in place of r1, as package.module:function."""
-    primary: Literal["wiou", "accuracy"] = "wiou"
-    """r1: weighted intersection over union, or 1 for the right top label."""
+    primary: Literal["wiou", "accuracy", "similarity"] = "wiou"
+    """r1: weighted intersection over union; 1 for the right top label; similarity of the weights under
+    `similarity`. Scores always report the first."""
+    smoothing: NotNegative = 0.0
+    """Weight spread over the labels of the list on both sides before wiou; 0: none."""
+    similarity: dict[str, float] = field(default_factory=dict)
+    """Label pair as one/other -> how alike they are, 0 to 1; what is not named is 0. For primary
+    similarity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +66,14 @@ class Loss:
     clip_dual: Annotated[float, Bounds("above 1, or null", low=1, open_low=True)] | None = 3.0
     """For negative advantages the loss is at most this times -advantage; null: no bound."""
     aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+        "token-mean",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+        "micro-token-mean",
     ] = "token-mean"
-    """How token losses of a mini-batch become one number."""
+    """How token losses of a mini-batch become one number; micro-token-mean averages the means of
+    micro-batches, as verl's older worker does, and so depends on batch.micro_rows."""
     norm_constant: Positive | None = None
     """Divisor of seq-mean-token-sum-norm; null: rollout.max_tokens."""
     kl_coef: NotNegative = 1e-3

@@ -23,6 +23,17 @@ def weighted_iou(pred: Weights | None, gold: Weights) -> float:
     return overlap / sum(max(q.get(label, 0.0), g.get(label, 0.0)) for label in union)
 
 
+def similarity(pred: Weights | None, gold: Weights, alike: dict[frozenset[str], float]) -> float:
+    if not pred:
+        return 0.0
+    q, g = normalize(pred), normalize(gold)
+    pairs = [(one, other) for one in q for other in g]
+    return sum(
+        q[one] * g[other] * (1.0 if one == other else alike.get(frozenset((one, other)), 0.0))
+        for one, other in pairs
+    )
+
+
 def accuracy(pred: Weights | None, gold: Weights, inventory: list[str]) -> float:
     if not pred:
         return 0.0
@@ -32,22 +43,48 @@ def accuracy(pred: Weights | None, gold: Weights, inventory: list[str]) -> float
     return float(gold.get(best, 0.0) == max(gold.values()))
 
 
-def core_distribution(rollouts: list[Weights | None], inventory: list[str]) -> Weights:
-    valid = [normalize(rollout) for rollout in rollouts if rollout is not None]
-    return {label: sum(q.get(label, 0.0) for q in valid) / max(len(valid), 1) for label in inventory}
+def named(rollout: Weights, label: str, presence: float) -> bool:
+    q = normalize(rollout)
+    return q.get(label, 0.0) > 0 and q[label] >= presence - 1e-9
 
 
-def core_set(rollouts: list[Weights | None], inventory: list[str], top_k: int) -> list[str]:
-    shares = core_distribution(rollouts, inventory)
+def core_distribution(
+    rollouts: list[Weights | None], inventory: list[str], core: str = "mean", presence: float = 0.0
+) -> Weights:
+    valid = [rollout for rollout in rollouts if rollout is not None]
+    if core == "raw_mean":
+        said = valid
+    elif core == "count":
+        said = [{label: float(named(rollout, label, presence)) for label in inventory} for rollout in valid]
+    else:
+        said = [normalize(rollout) for rollout in valid]
+    return {label: sum(q.get(label, 0.0) for q in said) / max(len(said), 1) for label in inventory}
+
+
+def core_set(
+    rollouts: list[Weights | None],
+    inventory: list[str],
+    top_k: int,
+    core: str = "mean",
+    presence: float = 0.0,
+) -> list[str]:
+    shares = core_distribution(rollouts, inventory, core, presence)
     # Sums of the same numbers in another order may differ in the last bits; they are still ties.
     ranked = sorted(inventory, key=lambda label: (-round(shares[label], 9), inventory.index(label)))
     return [label for label in ranked if shares[label] > 0][:top_k]
 
 
 def consensus(
-    rollouts: list[Weights | None], inventory: list[str], *, top_k: int, presence: float, kind: str
+    rollouts: list[Weights | None],
+    inventory: list[str],
+    *,
+    top_k: int,
+    presence: float,
+    kind: str,
+    core_kind: str = "mean",
+    divide: str = "core",
 ) -> list[float]:
-    core = core_set(rollouts, inventory, top_k)
+    core = core_set(rollouts, inventory, top_k, core_kind, presence)
     rewards = []
     for rollout in rollouts:
         if rollout is None:
@@ -57,8 +94,8 @@ def consensus(
         if kind == "mass":
             rewards.append(sum(q.get(label, 0.0) for label in core))
         else:
-            named = [label for label in core if q.get(label, 0.0) > 0 and q[label] >= presence - 1e-9]
-            rewards.append(len(named) / max(1, len(core)))
+            hits = [label for label in core if named(rollout, label, presence)]
+            rewards.append(len(hits) / (top_k if divide == "top_k" else max(1, len(core))))
     return rewards
 
 

@@ -9,7 +9,9 @@ from selfemo_jax.algo import consensus, rewards
 from tests.algo import oracle
 from tests.algo.groups import GOLDEN_GROUP, GROUP, INVENTORY, gold_array, mask_array, pred_arrays
 
-consensus_reward = jax.jit(consensus.consensus_reward, static_argnames=("top_k", "presence", "kind"))
+consensus_reward = jax.jit(
+    consensus.consensus_reward, static_argnames=("top_k", "presence", "kind", "core", "divide")
+)
 
 
 def reward(group, **settings):
@@ -37,18 +39,68 @@ def test_consensus_golden_numbers(presence):
     np.testing.assert_allclose(reward(GOLDEN_GROUP, kind="mass"), [1, 1, 1, 0], atol=1e-6)
 
 
+# Each compiles once: top_k, presence, kind, core, divide.
+SETTINGS = [
+    (3, 0.0, "count", "mean", "core"),
+    (1, 0.05, "count", "mean", "core"),
+    (3, 0.05, "mass", "mean", "core"),
+    (1, 0.0, "mass", "raw_mean", "core"),
+    (3, 0.0, "count", "raw_mean", "top_k"),
+    (3, 0.05, "count", "count", "core"),
+    (1, 0.0, "mass", "count", "core"),
+    (3, 0.05, "count", "count", "top_k"),
+]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(GROUP, min_size=3, max_size=3),
-    st.sampled_from([1, 3]),
-    st.sampled_from([0.0, 0.05]),
-    st.sampled_from(["count", "mass"]),
+    st.sampled_from(SETTINGS),
 )
-def test_consensus_equals_the_oracle(groups, top_k, presence, kind):
+def test_consensus_equals_the_oracle(groups, chosen):
+    names = ("top_k", "presence", "kind", "core", "divide")
+    *_, core, _ = chosen
     pred, valid = pred_arrays(groups)
-    found = consensus_reward(pred, valid, mask_array(3), top_k=top_k, presence=presence, kind=kind)
-    expected = [oracle.consensus(g, INVENTORY, top_k=top_k, presence=presence, kind=kind) for g in groups]
+    same = {name: value for name, value in zip(names, chosen, strict=True) if name != "core"}
+    found = consensus_reward(pred, valid, mask_array(3), core=core, **same)
+    expected = [oracle.consensus(g, INVENTORY, core_kind=core, **same) for g in groups]
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+# Normalised: joy (.5 + .5 + 0) / 3, fear (.5 + .25 + .5) / 3, anger (0 + .25 + .5) / 3.
+THREE = [{"joy": 0.1, "fear": 0.1}, {"joy": 0.4, "fear": 0.2, "anger": 0.2}, {"fear": 0.4, "anger": 0.4}]
+
+
+@pytest.mark.parametrize(
+    ("core", "presence", "expected"),
+    [
+        ("mean", 0.0, {"joy": 1 / 3, "fear": 1.25 / 3, "anger": 0.25}),
+        ("raw_mean", 0.0, {"joy": 0.5 / 3, "fear": 0.7 / 3, "anger": 0.2}),
+        ("count", 0.0, {"joy": 2 / 3, "fear": 1.0, "anger": 2 / 3}),
+        ("count", 0.3, {"joy": 2 / 3, "fear": 2 / 3, "anger": 1 / 3}),
+    ],
+)
+def test_the_core_is_found_by_mean_weight_written_weight_or_number(core, presence, expected):
+    pred, valid = pred_arrays([[*THREE, None]])
+    shares = consensus.core_distribution(pred, valid, mask_array(1), core=core, presence=presence)[0]
+    found = dict(zip(INVENTORY, np.asarray(shares).tolist(), strict=False))
+    assert {label: found[label] for label in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_kinds_of_core_choose_different_labels():
+    # Second place: joy has the larger mean share, anger the larger written weight; counted, they tie.
+    second = {"mean": "joy", "raw_mean": "anger", "count": "joy"}
+    for core, label in second.items():
+        found = reward(THREE, core=core, top_k=2)
+        hits = [{"fear", label} & rollout.keys() for rollout in THREE]
+        np.testing.assert_allclose(found, [len(some) / 2 for some in hits])
+
+
+def test_dividing_by_top_k_pays_an_agreed_group_less():
+    agreed = [{"joy": 1.0}, {"joy": 0.5}]
+    np.testing.assert_allclose(reward(agreed), [1, 1])
+    np.testing.assert_allclose(reward(agreed, divide="top_k"), [1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(reward(GOLDEN_GROUP, divide="top_k"), reward(GOLDEN_GROUP))
 
 
 def test_padding_the_list_gains_the_full_consensus_only_without_a_threshold():
@@ -113,7 +165,10 @@ def test_an_invalid_row_of_nan_changes_nothing():
         np.testing.assert_array_equal(clean, dirty)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("top_k", 0), ("presence", 1.5), ("kind", "votes")])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("top_k", 0), ("presence", 1.5), ("kind", "votes"), ("core", "median"), ("divide", "nine")],
+)
 def test_wrong_settings_are_refused(setting, value):
     with pytest.raises(Exception, match=f"{setting}|{value}"):
         reward(GOLDEN_GROUP, **{setting: value})

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfemo_jax.algo import rewards
+from selfemo_jax.data.label_arrays import similarity_array
 from tests.algo import oracle
 from tests.algo.groups import (
     GOLD,
@@ -209,3 +210,31 @@ def test_a_users_reward_function_is_loaded(user_module):
 def test_a_wrong_reward_function_is_refused_with_the_reason(user_module, path, message):
     with pytest.raises(ValueError, match=message):
         rewards.load_reward(path)
+
+
+def test_similar_labels_earn_their_similarity():
+    alike = {frozenset(("joy", "surprise")): 0.5, frozenset(("anger", "disgust")): 0.25}
+    golds = [{"joy": 0.9}, {"disgust": 0.6, "fear": 0.2}]
+    groups = [
+        [{"joy": 0.3}, {"surprise": 0.8}, {"joy": 0.2, "surprise": 0.2}, None],
+        [{"anger": 1.0}, {"fear": 0.1, "bored": 0.1}, {"neutral": 1.0}, {"disgust": 0.5, "anger": 0.5}],
+    ]
+    pairs = {"joy/surprise": 0.5, "disgust/anger": 0.25, "joy/happy": 0.9}
+    kernel = jnp.asarray(similarity_array(pairs, [INVENTORY] * 2, num_classes=8))
+    pred, valid = pred_arrays(groups)
+    found = rewards.similarity_reward(pred, gold_array(golds), valid, kernel)
+    expected = [
+        [oracle.similarity(rollout, gold, alike) for rollout in group]
+        for group, gold in zip(groups, golds, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # By hand: all on the pair earns 0.5; .75 of the gold is disgust, of which anger earns a quarter.
+    np.testing.assert_allclose(found[0], [1.0, 0.5, 0.75, 0.0], atol=1e-6)
+    np.testing.assert_allclose(found[1], [0.1875, 0.125, 0.0, 0.46875], atol=1e-6)
+
+
+def test_an_invalid_row_of_nan_has_no_similarity():
+    pred, valid = pred_arrays([[{"joy": 1.0}, None]])
+    kernel = jnp.asarray(similarity_array({}, [INVENTORY], num_classes=8))
+    found = rewards.similarity_reward(pred.at[0, 1].set(np.nan), gold_array([{"joy": 1.0}]), valid, kernel)
+    np.testing.assert_array_equal(found, [[1.0, 0.0]])
