@@ -98,6 +98,7 @@ def supervised(run: Run, phase: Phase) -> None:
     batches = input_stream(
         examples, run.mixture(examples), run.encode_example,
         batch_size=config.cold_start.batch_size, seed=run.seed(phase), state=at.iterator,
+        num_workers=config.data.num_workers,
     )  # fmt: skip
     for step, batch in run.watch(phase, zip(range(at.step + 1, total + 1), batches, strict=False)):
         rate = learning_rate(config.cold_start.optim, step=step - 1, total_steps=total)

@@ -131,9 +131,11 @@ def test_libraries_stay_where_they_belong(path):
 
 def test_hf_convert_reads_weights_without_jax():
     path = PACKAGE / "model" / "hf_convert.py"
-    if not path.exists():
-        pytest.skip("there is no model/hf_convert.py")
     assert not [target for target, top in of(path) if top and target.split(".")[0] in ("jax", "jaxlib")]
+
+
+NOT_INSTALLED = {"bench_generate", "bench_step", "bench_sides", "train_tokenizer"}
+"""Tools of those who work on the project: they measure it against torch, or rebuild what it ships."""
 
 
 def scripts() -> dict[str, str]:
@@ -146,10 +148,17 @@ def test_a_console_script_has_its_function(command):
     path = ROOT / Path(*module.removeprefix("selfemo_jax.tools.").split(".")).with_suffix(".py")
     if module.startswith("selfemo_jax.tools."):
         path = ROOT / "tools" / path.name
-    if not path.exists():
-        pytest.skip(f"there is no {path.relative_to(ROOT)}")
     body = ast.parse(path.read_text(encoding="utf-8")).body
     assert function in [node.name for node in body if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_tool_that_a_user_runs_is_a_console_script_too():
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - NOT_INSTALLED - {"__init__"}
+    found = (target for target in scripts().values() if ".tools." in target)
+    named = [target.removeprefix("selfemo_jax.tools.") for target in found]
+    assert sorted(named) == [f"{name}:main" for name in sorted(tools)]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert '"selfemo_jax.tools": "tools"' in setup, "the scripts find the tools inside the package"
 
 
 def test_no_name_says_nothing():

@@ -1,12 +1,15 @@
 """The default command end to end: every file and metric it promises, and what it refuses."""
 
 import json
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from selfemo_jax import train
+from selfemo_jax.config import Config, DataSection
 from selfemo_jax.config_io import read_config
+from selfemo_jax.phases import Phase
 from tests import micro
 
 STEP = {"step", "phase", "phase_step", "time/step", "perf/tokens_per_s"}
@@ -114,3 +117,24 @@ def test_training_moves_the_weights(full):
     base = micro.arrays(micro.base_policy())
     assert any(np.any(base[name] != cold[name]) for name in base)
     assert any(np.any(cold[name] != final[name]) for name in cold)
+
+
+class Reached(Exception):
+    """The page asked for its stream of inputs."""
+
+
+@pytest.mark.parametrize("page", [train.supervised, train.self_grpo])
+def test_every_phase_reads_with_the_workers_of_the_settings(page, monkeypatch):
+    asked = {}
+
+    def input_stream(sources, weights, encode, **settings):
+        asked.update(settings)
+        raise Reached
+
+    monkeypatch.setattr(train, "input_stream", input_stream)
+    phase = Phase(index=0, kind="sft", name="cold", iteration=0, init="base", buffer=("original",))
+    run = MagicMock(config=Config(data=DataSection(num_workers=3)))
+    run.start.return_value = (None, MagicMock(step=0, iterator=None))
+    with pytest.raises(Reached):
+        page(run, phase)
+    assert asked["num_workers"] == 3
