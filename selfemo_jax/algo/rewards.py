@@ -195,6 +195,7 @@ def _check_reward(function: RewardFunction, path: str, P: int, G: int, C: int) -
         ) from error
     try:
         result = jax.eval_shape(function, *arguments)
+    # A user's function may raise anything; the message says what.
     except Exception as error:
         raise ValueError(
             f"reward function {path}: tracing it with pred[{P},{G},{C}] failed "

@@ -133,8 +133,11 @@ def abstract_params(config: ModelConfig, *, dtype: str = "float32") -> tuple[Par
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), dtype=dtype))
     state = nnx.state(module, nnx.Param)
     shapes = nnx.to_pure_dict(state)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    axes = jax.tree.map(lambda variable: variable.get_metadata("axes"), state, is_leaf=is_variable)
+    axes = jax.tree.map(
+        lambda variable: variable.get_metadata("axes"),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
     return shapes, _plain_dict(axes)
 
 
@@ -321,5 +324,7 @@ def token_logprobs(
     targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
     step = jax.checkpoint(lambda _, chunked: (None, scores(*chunked)))
     _, (logprobs, entropy) = lax.scan(step, None, (hidden, targets))
-    join = lambda x: x.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_tokens]  # noqa: E731
-    return join(logprobs), join(entropy)
+    logprobs, entropy = (
+        chunks.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_tokens] for chunks in (logprobs, entropy)
+    )
+    return logprobs, entropy

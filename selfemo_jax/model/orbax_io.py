@@ -22,6 +22,8 @@ METADATA_NAME = "_METADATA"
 _CHECKPOINT_METADATA_NAME = "_CHECKPOINT_METADATA"
 _MIN_CHUNK_BYTES = 2**20
 _ROWS_BYTES = 64 * 2**20
+# What tensorstore raises for files that are missing, cut or overwritten.
+_DAMAGE = (ValueError, OSError, LookupError, RuntimeError)
 
 
 def shard_shape(shape: tuple[int, ...], *, stacked: bool, itemsize: int) -> tuple[int, ...]:
@@ -131,7 +133,7 @@ def open_arrays(folder: Path) -> dict[str, Any]:
     for name, future in pending.items():
         try:
             arrays[name] = future.result()
-        except Exception as error:
+        except _DAMAGE as error:
             raise ValueError(f"{folder}: cannot open parameter {name}: {error}") from error
     return arrays
 
@@ -140,7 +142,7 @@ def read_array(store: Any, index: tuple[slice | int, ...] = ()) -> np.ndarray:
     """The values at ``index``; ValueError where a file is missing or damaged."""
     try:
         return store[index].read().result() if index else store.read().result()
-    except (ValueError, OSError, LookupError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{store.kvstore.path}: cannot be read, the file is damaged: {error}") from error
 
 

@@ -102,12 +102,11 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     sizes = dict(mesh.shape)
     check_tp(config, sizes)
     shapes, axes = abstract_params(config)
-    is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     return jax.tree.map(
         lambda names, leaf: NamedSharding(mesh, partition_spec(leaf.shape, names, sizes)),
         axes,
         shapes,
-        is_leaf=is_axes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
 
 

@@ -80,7 +80,7 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
     prompt = place(PartitionSpec(*depth, _ROWS, "tp", None, None))
     cache = place(PartitionSpec(*depth, _ROWS, None, "tp", None, None))
     settings = {"config": config, "compute": compute}
-    pin = lambda x: lax.with_sharding_constraint(x, place(PartitionSpec(_ROWS)))  # noqa: E731
+    pin = functools.partial(lax.with_sharding_constraint, shardings=place(PartitionSpec(_ROWS)))
     return Programs(
         take_weights=jax.jit(
             functools.partial(stack_layers, unroll=unroll, **settings),
@@ -162,8 +162,9 @@ def empty(
     num_stacks, depth = (c.num_layers, ()) if unroll else (1, (c.num_layers,))
 
     def zeros(*shape: int) -> Caches:
-        pair = lambda: jnp.zeros((*depth, *shape, c.head_dim), compute.dtype)  # noqa: E731
-        return tuple((pair(), pair()) for _ in range(num_stacks))
+        # Each an array of its own: the decode step takes their buffers over.
+        one = functools.partial(jnp.zeros, (*depth, *shape, c.head_dim), compute.dtype)
+        return tuple((one(), one()) for _ in range(num_stacks))
 
     return zeros(slots, c.num_kv_heads, prompt_length), zeros(slots, width, c.num_kv_heads, length)
 
@@ -206,8 +207,9 @@ def prefill(
 def admit(prompts: Caches, new: Caches, slots: Int[Array, " B"]) -> Caches:
     """Write prefilled prompts into their slots; a slot number beyond the last is dropped."""
     length = new[0][0].shape[-2]
-    write = lambda old, fresh: old.at[..., slots, :, :length, :].set(fresh, mode="drop")  # noqa: E731
-    return jax.tree.map(write, prompts, new)
+    return jax.tree.map(
+        lambda old, fresh: old.at[..., slots, :, :length, :].set(fresh, mode="drop"), prompts, new
+    )
 
 
 def take_slots(prompts: Caches, source: Int[Array, " S"], *, length: int) -> Caches:
@@ -241,8 +243,8 @@ def uniforms(
 
     def one_row(seed, rollout, count):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), rollout)
-        draw = lambda position: jax.random.uniform(jax.random.fold_in(key, position), (2,))  # noqa: E731
-        return jax.vmap(draw)(count + jnp.arange(chunk))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(count + jnp.arange(chunk))
+        return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     return jax.vmap(one_row)(seeds, rollouts, counts)
 
@@ -263,7 +265,9 @@ def two_part_attention(
     repeats = num_heads // num_kv
     own = q.reshape(slots, width, num_kv, repeats, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
     shared = own.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, head_dim)
-    to_shared = lambda x: x.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, -1)  # noqa: E731
+
+    def to_shared(x):
+        return x.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, -1)
 
     first = jnp.einsum("skqh,skph->skqp", shared, prompt[0], preferred_element_type=jnp.float32)
     first = jnp.where(prompt_mask[:, None, None, :], first, _NEGATIVE)
@@ -328,7 +332,7 @@ def decode(
         def block(x, layer, prompt, cache, index):
             q, k, v = layer_qkv(layer, config, x, tables)
             cache = jax.tree.map(lambda whole, new: _write(whole, new, column, index), cache, (k, v))
-            pick = lambda whole: _one_layer(whole, index)  # noqa: E731
+            pick = functools.partial(_one_layer, index=index)
             attended = two_part_attention(
                 q, jax.tree.map(pick, prompt), jax.tree.map(pick, cache), prompt_mask, seen
             )
@@ -345,7 +349,10 @@ def decode(
         token = jnp.where(live, token.reshape(slots, width), carry["token"])
         count = count + live
         stopped = (token[..., None] == numbers["stop_ids"]).any(axis=-1)
-        put = lambda out, value: lax.dynamic_update_slice_in_dim(out, value[..., None], step, axis=2)  # noqa: E731
+
+        def put(out, value):
+            return lax.dynamic_update_slice_in_dim(out, value[..., None], step, axis=2)
+
         return {
             "step": step + 1,
             "caches": tuple(new_caches),
