@@ -1,15 +1,15 @@
 """A run in progress: its folder, what it resumes from, and everything the page asks for by name.
 
 The page (`train.py`) holds the algorithm; this holds the state around it: weights of phases, dev scores,
-checkpoints, stops. Make it with `open_run`; it is closed at the end of its ``with`` block.
+checkpoints, stops. Make it with `run_open.open_run`; it is closed at the end of its ``with`` block.
 """
 
 import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,29 +19,19 @@ from selfemo_jax.appendlog import AppendLog
 from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config, Optim
-from selfemo_jax.config_io import Command
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.lengths import report_lengths
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.parts import Parts, build_parts, compile_steps, weights_of
+from selfemo_jax.parts import Parts, compile_steps, weights_of
 from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
-from selfemo_jax.rollout.stream import Rollouts, make_requests, sampling_seed
-from selfemo_jax.run_data import RunData, fixed_subset, load_data
-from selfemo_jax.run_experts import ask_experts
+from selfemo_jax.rollout.stream import Rollouts, sampling_seed
+from selfemo_jax.run_data import RunData, fixed_subset
 from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier
-from selfemo_jax.run_resume import (
-    Stopped,
-    check_same_data,
-    newest_point,
-    resumes,
-    settings_of,
-    settings_restored_on_error,
-    take_back,
-)
+from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
 from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
@@ -53,14 +43,6 @@ from selfemo_jax.serving import run_engine
 from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class At:
-    """Where a phase begins or goes on: steps done, and the input iterator's state (None at the beginning)."""
-
-    step: int
-    iterator: Mapping[str, Any] | None
 
 
 class Run:
@@ -206,18 +188,7 @@ class Run:
     def requests_of(self, phase: Phase) -> Callable[[int, Batch], tuple[Request, ...]]:
         """Requests of a step of the phase, each with its own sampling seed."""
         before = self.global_step - self._phase_step
-
-        def requests(step: int, batch: Batch) -> tuple[Request, ...]:
-            return make_requests(
-                batch,
-                num=self.config.rl.group_size,
-                global_step=before + step,
-                seed=self.config.seed,
-                phase=phase.index,
-                step=step,
-            )
-
-        return requests
+        return functools.partial(run_inputs.step_requests, phase=phase, config=self.config, before=before)
 
     def reply_index(self) -> ReplyIndex:
         """Replies accepted so far in this run."""
@@ -408,28 +379,3 @@ class Run:
         self._of_phase.close()
         self.engine.close()
         self._store.close()
-
-
-@contextmanager
-def open_run(config: Config, command: Command) -> Iterator[Run]:
-    """Assemble a run, taking up an earlier one where the command says so; SIGTERM stops it at a step
-    boundary."""
-    parts = build_parts(config)
-    data = load_data(config)
-    resume = resumes(config.run_dir, command.resume)
-    kept = settings_of(config.run_dir, resume=resume)
-    with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
-        for notice in parts.notices:
-            log.say(notice)
-        with settings_restored_on_error(kept):
-            data = ask_experts(config, parts, data, log.run_dir, log.say)
-        run = Run(config, parts, data, log)
-        previous = signal.signal(signal.SIGTERM, run.on_signal)
-        try:
-            if resume:
-                with settings_restored_on_error(kept):
-                    run.rewind()
-            yield run
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            run.close()

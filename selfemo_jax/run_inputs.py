@@ -10,9 +10,11 @@ from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample, shuffle_gold
 from selfemo_jax.data.label_rows import Answered, LabelTable
-from selfemo_jax.data.pipeline import mixture_weights, with_floor
+from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, Phase
+from selfemo_jax.rollout.engine import Request
+from selfemo_jax.rollout.stream import make_requests
 from selfemo_jax.run_data import RunData, by_dataset, fixed_subset
 from selfemo_jax.scores import encode_prompt
 from selfemo_jax.selfplay.selection import Shares, choose, label_shares
@@ -150,6 +152,21 @@ def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict
     weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
     least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, config.flywheel.max_share, 0.5)
     return with_floor(weights, floor={SYNTHETIC: least})
+
+
+def step_requests(
+    step: int, batch: Batch, *, phase: Phase, config: Config, before: int
+) -> tuple[Request, ...]:
+    """Requests of a step of the phase, each with its own sampling seed; ``before`` is the number of global
+    steps that were done when the phase began."""
+    return make_requests(
+        batch,
+        num=config.rl.group_size,
+        global_step=before + step,
+        seed=config.seed,
+        phase=phase.index,
+        step=step,
+    )
 
 
 def encode_input(sample: Sample, codec: TextCodec, config: Config) -> tuple[Sample, Prompt]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ Resumed = tuple[int, dict[str, Any]]
 
 class Stopped(Exception):
     """The run stopped with everything saved; `--resume` goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """Where a phase begins or goes on: steps done, and the input iterator's state (None at the beginning)."""
+
+    step: int
+    iterator: Mapping[str, Any] | None
 
 
 def newest_point(

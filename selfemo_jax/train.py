@@ -37,7 +37,9 @@ from selfemo_jax.learn import label_update, rl_update, sft_update
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.engine import RolloutError
 from selfemo_jax.rollout.stream import rollout_stream
-from selfemo_jax.run import Run, Stopped, open_run
+from selfemo_jax.run import Run
+from selfemo_jax.run_open import open_run
+from selfemo_jax.run_resume import Stopped
 from selfemo_jax.scoring import score_groups
 from selfemo_jax.selfplay.flywheel import harvest
 from selfemo_jax.selfplay.play import without_misfits
