@@ -103,7 +103,8 @@ function rolloutSection(report) {
   return section("rollouts", "Rollouts", "Every recorded rollout as it was sampled. A row opens its prompt with the whole group.",
     h("figure", { class: "panel" },
       h("figcaption", {}, h("b", {}, "Rollout browser"), " ", notes(runs)),
-      h("div", { class: "controls" }, h("label", { class: "field search" }, h("span", {}, "Search"), search)), selects,
+      h("div", { class: "controls" }, h("label", { class: "field search" }, h("span", {}, "Search"), search)),
+      h("details", { open: !matchMedia("(max-width: 640px)").matches }, h("summary", {}, "Filters and order"), selects),
       h("p", { class: "count" }, count, loading), list));
 }
 
