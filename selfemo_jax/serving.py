@@ -22,7 +22,7 @@ from selfemo_jax.rollout.proof import NOISE
 from selfemo_jax.rollout.publish import Publisher, write_model_folder
 from selfemo_jax.rollout.records import ReplayEngine
 from selfemo_jax.rollout.refresh import MIN_PROBE_TOKENS
-from selfemo_jax.rollout.supervisor import KEY_VARIABLE, Sidecar, attach, start_sidecar
+from selfemo_jax.rollout.supervisor import KEY_VARIABLE, Sidecar, attach, sidecar_python, start_sidecar
 from selfemo_jax.rollout.trainer_logprobs import TrainerLogprobs
 from selfemo_jax.rollout.vllm_engine import VllmEngine
 
@@ -44,6 +44,9 @@ def start_vllm_engine(parts: Parts, run_dir: Path, say: Callable[[str], None]) -
     """The engine that `rollout.engine: vllm` names. Its servers start in the background; the first refresh
     waits for them."""
     config = parts.config
+    if not config.rollout.sidecar.attach:
+        # Before anything is trained that would wait for it.
+        sidecar_python(config.rollout.sidecar.environment)
     dtype = serving_dtype(config)
     settings = dataclasses.replace(
         config.rollout, sidecar=dataclasses.replace(config.rollout.sidecar, dtype=dtype)

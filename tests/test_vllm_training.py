@@ -1,5 +1,6 @@
 """Training on rollouts of servers: one command, with real vLLM where it is installed, else with the fake."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from selfemo_jax import serving
 from selfemo_jax.rollout.records import load_groups
-from selfemo_jax.rollout.supervisor import sidecar_python
+from selfemo_jax.rollout.supervisor import PYTHON_VARIABLE, sidecar_python
 from tests import micro
 from tests.rollout.fake_vllm import FakeServers
+from tests.rollout.served import fault
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -55,6 +57,7 @@ def fake_servers(monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(serving, "_start", start)
+    monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
     return started
 
 
@@ -120,17 +123,23 @@ def test_overlap_trains_on_rollouts_one_update_older_and_corrects_for_them(tmp_p
 
 @pytest.mark.slow
 def test_a_run_whose_servers_serve_something_else_stops_and_says_why(tmp_path, monkeypatch, capsys):
-    from tests.rollout.served import fault
-
     def start(settings, folder, run_dir, root, longest):
         servers = FakeServers(folder, root)
         fault(servers, stale_layer=0)
         return servers
 
     monkeypatch.setattr(serving, "_start", start)
+    monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
     assert micro.run(tmp_path, *settings()) == 1
     assert "is not proven: served log-probs differ from the trainer's" in capsys.readouterr().err
     assert not list((tmp_path / "rollouts").glob("*")) if (tmp_path / "rollouts").exists() else True
+
+
+def test_a_run_without_the_servers_environment_ends_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    assert micro.run(tmp_path, *settings(rollout__sidecar__environment=tmp_path / "none")) == 2
+    assert "tools/vllm_sidecar.py setup" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

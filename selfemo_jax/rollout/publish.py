@@ -8,6 +8,7 @@ twice; the trainer's own step is the manifest's `source_step`.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -94,7 +95,8 @@ def is_committed(folder: Path) -> bool:
 
 
 class Publisher:
-    """Writes versions below ``root``, which belongs to it alone; one at a time, in a thread of its own."""
+    """Writes versions below ``root``, which is locked for it; one at a time, in a thread of its own. Close
+    it."""
 
     def __init__(
         self, root: Path, model: ModelConfig, *, dtype: str, keep: int = 3, transport: str = "orbax"
@@ -105,6 +107,15 @@ class Publisher:
         self._keep, self._transport = keep, transport
         self._config = served_config(model, dtype=dtype)
         self._root.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(
+                f"{self._root}: another run publishes its weights there; end it, or give this one another "
+                "rollout.sidecar.weights_root"
+            ) from None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="digest")
         found = [int(name) for name, _ in self._versions()]
@@ -143,6 +154,7 @@ class Publisher:
         """Finish what is being written."""
         self._writer.shutdown()
         self._pool.shutdown()
+        os.close(self._lock)
 
     def _versions(self) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in self._root.iterdir() if path.name.isdecimal() and path.is_dir()]

@@ -129,6 +129,9 @@ def test_old_versions_go_and_protected_ones_stay(tmp_path):
 def test_a_version_of_an_earlier_process_is_never_written_again(tmp_path):
     first = Publisher(tmp_path, TINY, dtype="float32")
     first.publish(weights(), source_step=5)
+    with pytest.raises(ValueError, match="another run publishes its weights there"):
+        Publisher(tmp_path, TINY, dtype="float32")
+    first.close()
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "params").mkdir()
     (tmp_path / "3.partial-999999999").mkdir()
