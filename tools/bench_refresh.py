@@ -78,7 +78,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
     root = args.root or scratch / "weights"
     folder = scratch / "model"
     write_model_folder(folder, MODEL, dtype="float32", tokenizer=bundled_tokenizer(), copy=copy_tokenizer)
-    sidecar = Sidecar(environment=args.environment, dtype="float32", transport=args.transport)
+    sidecar = Sidecar(
+        environment=args.environment, dtype="float32", transport=args.transport, slope_rollouts=0
+    )
     rng = jax.random.split(jax.random.key(1), sidecar.probes)
     probes = [tuple(int(t) for t in jax.random.randint(key, (192,), 0, MODEL.vocab_size)) for key in rng]
     engine = VllmEngine(
