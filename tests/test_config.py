@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfemo_jax.config as config_module
-from selfemo_jax.config import Config, Optim, parse_mesh
+from selfemo_jax.config import Config, Optim, Reward, parse_mesh
 from selfemo_jax.config_check import parse_keep, parse_steps, validate
 from selfemo_jax.config_io import Flag, config_folder, load_config, parse_config, read_config, to_yaml
 
@@ -288,15 +288,15 @@ def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
         ("loss.clip_dual", 1.0, "above 1, or null"),
         ("loss.clip_low", 0.0, "above 0 and at most 1"),
         ("loss.norm_constant", 100.0, "which has no constant"),
-        ("reward", {"divide": "top_k", "consensus": "mass"}, "counts nothing"),
-        ("reward", {"smoothing": 0.1, "primary": "accuracy"}, "it smooths wiou"),
+        ("reward", Reward(divide="top_k", consensus="mass"), "counts nothing"),
+        ("reward", Reward(smoothing=0.1, primary="accuracy"), "it smooths wiou"),
         ("reward.similarity", {"joy/surprise": 0.5}, "set primary to similarity"),
         (
             "reward",
-            {"primary": "similarity", "similarity": {"joy": 0.5}},
+            Reward(primary="similarity", similarity={"joy": 0.5}),
             "two different lower-case labels as one/other",
         ),
-        ("reward", {"primary": "similarity", "similarity": {"joy/fear": 1.5}}, "expected 0 to 1"),
+        ("reward", Reward(primary="similarity", similarity={"joy/fear": 1.5}), "expected 0 to 1"),
         ("time_limit", 0.0, "above 0"),
         ("rollout.keep", "first 3", "expected all, last N or every N"),
         ("log.sinks", ["csv"], "expected any of tensorboard, wandb, mlflow"),
