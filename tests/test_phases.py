@@ -6,8 +6,8 @@ import pytest
 
 from selfemo_jax import phases
 from selfemo_jax.config import RL, ColdStart, Config, Flywheel, ModelSection
-from selfemo_jax.settings.selfplay import Retrain
 from selfemo_jax.phases import Phase, plan
+from selfemo_jax.settings.selfplay import Retrain
 
 RECORD = {"steps": 3, "logs": {"metrics.jsonl": [10, "ab"]}}
 
