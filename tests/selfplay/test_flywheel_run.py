@@ -1,5 +1,4 @@
-"""The flywheel inside a run: two harvests, each judged by a verifier, SFT before RL, a stop by drift and a
-resume."""
+"""The flywheel inside a run: two harvests, SFT before RL, a stop by drift and a resume; the verifier."""
 
 import json
 from collections import Counter
@@ -12,13 +11,11 @@ from tests import micro
 pytestmark = pytest.mark.slow
 
 
-def test_two_iterations_with_a_verifier_a_stop_by_drift_and_a_resume(tmp_path, capsys):
+def test_two_iterations_with_a_stop_by_drift_and_a_resume(tmp_path, capsys):
     words = micro.settings(
         flywheel__iterations=2,
         flywheel__retrain__method="sft_then_grpo",
         flywheel__retrain__init="current",
-        flywheel__verifier__weights="cold",
-        flywheel__verifier__tau=0.3,
         flywheel__drift__alarm=0.0,
         flywheel__drift__stop=0.0,
         flywheel__drift__least=1,
@@ -43,13 +40,22 @@ def test_two_iterations_with_a_verifier_a_stop_by_drift_and_a_resume(tmp_path, c
         placed = sum(len(ids) for ids in report["places"].values())
         assert placed == report["accepted"]
         for record in records:
+            assert (record["sample"] is not None) == record["accepted"]
             if record["accepted"]:
-                assert record["select"]["verifier"] >= 0.3
                 assert record["sample"]["gold"] == record["declared"]
-            elif record["reason"] == "verifier":
-                assert record["sample"] is None
-    assert any("verifier" in record["select"] for record in read_store(tmp_path / "flywheel.jsonl"))
     assert json.loads((tmp_path / "phases" / "02_harvest_1" / "harvest.json").read_text())["alarm"]
+
+
+def test_a_verifier_judges_inside_a_run(tmp_path):
+    words = micro.settings(flywheel__verifier__weights="cold", rl__steps=1, eval__every=0)
+    assert micro.run(tmp_path, *words) == 0
+    records = list(read_store(tmp_path / "flywheel.jsonl"))
+    # A policy this small agrees with few replies; what counts is that it was asked and that its word holds.
+    judged = [record for record in records if "verifier" in record["select"]]
+    assert judged
+    for record in judged:
+        kept = record["select"]["verifier"] >= 0.5
+        assert kept or record["reason"] == "verifier"
 
 
 def test_a_run_that_somebody_writes_is_refused(tmp_path, capsys):
