@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +105,10 @@ def parse_config(settings: Mapping[str, Any], *, where: str = "settings") -> Con
 
 def to_yaml(config: Config) -> str:
     """Every setting as YAML; `read_config` gives an equal Config back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=110)
+    tree = asdict(config)
+    # PyYAML writes these three as they are and reads them back as line breaks.
+    plain = not re.search("[\x85\u2028\u2029]", json.dumps(tree, ensure_ascii=False))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=plain, width=110)
 
 
 def config_folder() -> Path:

@@ -18,12 +18,14 @@ Departures from the paper, and points that its text leaves open:
 3. A dialogue ends at the first reply that is rejected, or with `flywheel.max_depth` generated turns; from the
    second on the gold is what the policy declared itself, so r1 there measures agreement with itself alone.
 4. `reward.preset: paper` is the literal reading (r1 + t/T r2, any listed weight counts as named); `robust`
-asks for a weight of .05 and ends at 0.5, which blocks the padding of label lists. 5. With std normalisation
-lambda acts only inside groups whose r1 varies: where all r1 are equal the consensus acts at full strength
-from step 1. That is the paper's; `advantages.scale` has the alternatives and `group/share_r2_only` logs the
-share. 6. The loss is an exact token mean over the mini-batch, on any mesh; verl's older worker averages
-micro-batches. 7. The reported policy is the best of the final phase by dev score; the test split is read
-once, at the end.
+   asks for a weight of .05 and ends at 0.5, which blocks the padding of label lists.
+5. With std normalisation lambda acts only inside groups whose r1 varies: where all r1 are equal the consensus
+   acts at full strength from step 1. That is the paper's; `advantages.scale` has the alternatives and
+   `group/share_r2_only` logs the share.
+6. The loss is an exact token mean over the mini-batch, on any mesh. verl's older worker averages
+   micro-batches (`loss.aggregation: micro-token-mean`).
+7. The reported policy is the best of the final phase by dev score; the test split is read once, at the end.
+8. `cold_start.labels` learns labels alone before the answers, one row a dialogue: for small models only.
 """
 
 import math
