@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Weights:
         loaded = time.perf_counter()
         repacked = repack(self._model)
         self._broken = None
-        self._staged, self._applied = None, staged
+        self._staged, self._applied = None, self._to_answer_for(staged)
         end = time.perf_counter()
         seconds = {"load": round(loaded - start, 4), "repack": round(end - loaded, 4)}
         logger.info("Applied weights version %d in %.3f s", staged.version, end - start)
@@ -145,6 +145,14 @@ class Weights:
                 num_ranks=num_ranks,
             )
         return self._expected
+
+    def _to_answer_for(self, staged: Staged) -> Staged:
+        """What `applied_digest` needs of it: no memory for a tensor that can be read back from the model."""
+        kept = {name: staged.tensors[name] for name in staged.checked}
+        bare = {
+            n: tensor if self._live(n, tensor) is None else tensor.to("meta") for n, tensor in kept.items()
+        }
+        return replace(staged, tensors=bare)
 
     def _live(self, name: str, applied: torch.Tensor) -> torch.Tensor | None:
         """The tensor as it lies in the model, cut out of a fused parameter; None where it is packed."""
