@@ -261,14 +261,16 @@ class VllmEngine:
         began = time.perf_counter()
         pending = self._publisher.start(fresh, source_step=version)
         # While the files are written.
-        new = tuple(self._logprobs(fresh, self._probes))
+        new = timed(seconds, "score", lambda: tuple(self._logprobs(fresh, self._probes)))
         try:
             published = pending.result()
         except OSError as error:
             raise RefreshError(
                 f"the policy of step {version} could not be published, nothing of it is left: {error}"
             ) from error
-        seconds["publish"] = time.perf_counter() - began
+        # Scoring went on beside it.
+        seconds["publish"] = sum(published.seconds.values())
+        seconds["publish_and_score"] = time.perf_counter() - began
         earlier = self._serving
         probes = Probes(sequences=self._probes, new=new, old=earlier.logprobs if earlier else None)
         try:
