@@ -121,7 +121,9 @@ def vllm_arguments(args: argparse.Namespace, *, cpu: bool) -> list[str]:
         options["load-format"] = "dummy"
     switches = ["enable-scale-out", "disable-uvicorn-access-log"]
     if cpu:
-        switches.append("enforce-eager")
+        # A prompt that is prefilled in pieces moves its request's generator back, which a generator on the
+        # CPU cannot do: the engine ends at the first seeded request that does not fit into a step.
+        switches += ["enforce-eager", "no-enable-chunked-prefill"]
     else:
         options["gpu-memory-utilization"] = str(args.memory_share)
     return [
