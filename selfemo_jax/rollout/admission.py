@@ -33,6 +33,11 @@ class Gate:
                 self._inside -= 1
                 self._changed.notify_all()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it will not open again."""
+        return self._failure is not None
+
     def open(self) -> None:
         """Admit requests."""
         with self._changed:

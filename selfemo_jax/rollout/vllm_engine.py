@@ -232,7 +232,9 @@ class VllmEngine:
     def _recover(self, epoch: int, reason: str) -> None:
         """Bring the servers back after a request got no answer; one thread does it, the others wait."""
         with self._control:
-            if self._fleet.epoch != epoch or self._closed or not self._fleet.sick():
+            if self._closed or self._gate.failed:
+                raise RolloutError(f"the servers of the rollouts are lost: {reason}")
+            if self._fleet.epoch != epoch or not self._fleet.sick():
                 return
             assert self._serving is not None
             self._gate.close()
