@@ -127,7 +127,11 @@ def make_engine(parts: Parts) -> Engine:
     `rollout.replay` the recorded rollouts answer in its place."""
     config = parts.config
     engine = JaxEngine(
-        parts.model, parts.compute, parts.mesh, max_rows=max(config.rollout.max_rows, config.eval.batch_rows)
+        parts.model,
+        parts.compute,
+        parts.mesh,
+        max_rows=max(config.rollout.max_rows, config.eval.batch_rows),
+        share_prompts=config.output.prompt_style == "dialogue",
     )
     return ReplayEngine(engine, Path(config.rollout.replay)) if config.rollout.replay else engine
 

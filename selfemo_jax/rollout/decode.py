@@ -25,7 +25,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from selfemo_jax.algo.sampling import sample
-from selfemo_jax.model.attention import choose_backend, packed_attention
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
     Compute,
@@ -39,14 +38,10 @@ from selfemo_jax.model.decoder import (
 from selfemo_jax.model.linear import rms_norm
 from selfemo_jax.model.rope import rope_tables
 from selfemo_jax.model.sharding import RULES, abstract_params, partition_spec
+from selfemo_jax.rollout.prefill import Caches, prefill, prefill_rows
 
 _NEGATIVE = -1e30
 _ROWS = ("data", "fsdp")
-
-Caches = tuple[tuple[jax.Array, jax.Array], ...]
-"""Keys and values of each stack: prompts ``[M, S, K, P, H]``, completions ``[M, S, W, K, T, H]``; without M
-where the layers are unrolled, since XLA:CPU copies a cache that is sliced after it is written."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Programs:
@@ -55,6 +50,7 @@ class Programs:
     take_weights: Callable[[Params], Params]
     """Training weights -> a copy in the decode layout: ``embed``, ``stacks``, ``final_norm``, ``head``."""
     prefill: Callable[..., Caches]
+    prefill_rows: Callable[..., Caches]
     admit: Callable[..., Caches]
     take_slots: Callable[..., Caches]
     take_rows: Callable[..., Caches]
@@ -87,6 +83,7 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
             out_shardings=weight_shardings(config, compute, mesh, unroll=unroll, shard=shard),
         ),
         prefill=jax.jit(functools.partial(prefill, pin=pin, **settings), out_shardings=prompt),
+        prefill_rows=jax.jit(functools.partial(prefill_rows, pin=pin, **settings), out_shardings=prompt),
         admit=jax.jit(admit, donate_argnums=0, out_shardings=prompt),
         take_slots=jax.jit(take_slots, static_argnames="length", out_shardings=prompt),
         take_rows=jax.jit(take_rows, static_argnames="length", out_shardings=cache),
@@ -167,41 +164,6 @@ def empty(
         return tuple((one(), one()) for _ in range(num_stacks))
 
     return zeros(slots, c.num_kv_heads, prompt_length), zeros(slots, width, c.num_kv_heads, length)
-
-
-def prefill(
-    params: Params,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    *,
-    config: ModelConfig,
-    compute: Compute,
-    pin: Callable[[jax.Array], jax.Array],
-) -> Caches:
-    """Keys and values (`Caches`, B for S) of right-padded prompts; columns from ``lengths`` on mean
-    nothing."""
-    num_rows, num_columns = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(num_columns)[None, :], (num_rows, num_columns))
-    segments = jnp.where(positions < lengths[:, None], 0, 1)
-    nothing = jnp.full_like(segments, -1)
-    backend = choose_backend(compute.attention, num_columns)
-    tables = rope_tables(positions, config)
-
-    def block(x, layer):
-        q, k, v = layer_qkv(layer, config, x, tables)
-        attended = packed_attention(q, k, v, segments, nothing, backend=backend)
-        heads_major = (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        return pin(layer_output(layer, config, x, attended)), heads_major
-
-    x = pin(embed_tokens(params, compute, tokens))
-    caches = []
-    for stack in params["stacks"]:
-        if stack["attn_norm"].shape[0] == 1:
-            x, pair = block(x, {name: weight[0] for name, weight in stack.items()})
-        else:
-            x, pair = lax.scan(block, x, stack)
-        caches.append(pair)
-    return tuple(caches)
 
 
 def admit(prompts: Caches, new: Caches, slots: Int[Array, " B"]) -> Caches:

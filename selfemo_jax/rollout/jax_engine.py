@@ -5,6 +5,7 @@ freed rows with waiting prompts, and hands out groups as they complete. `rollout
 half, `rollout/slots.py` the rule of the shapes. Rows are split over data and fsdp, heads over tp.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from selfemo_jax.model.sharding import check_tp, make_mesh
 from selfemo_jax.rollout.board import Board, Live, Prompt, Row, seat
 from selfemo_jax.rollout.decode import Caches, Programs, programs
 from selfemo_jax.rollout.engine import Completion, Group, Request, Sampling, check_requests
+from selfemo_jax.rollout.prefix_rows import by_dialogue, prefilled, prefilled_together
 from selfemo_jax.rollout.slots import (
     SHRINK,
     Layout,
-    batches,
     choose_layout,
     completion_columns,
     prompt_columns,
@@ -70,6 +71,7 @@ class JaxEngine:
         prefill_tokens: int = 4096,
         decode_layout: Literal["replicate", "shard"] = "replicate",
         unroll: bool | None = None,
+        share_prompts: bool = False,
     ):
         """``max_rows`` completions decode at once (their caches bound the memory); more wait.
 
@@ -77,7 +79,8 @@ class JaxEngine:
         time; completion caches grow from ``completion_bucket`` columns by doubling; the host looks at the
         rows every ``chunk`` tokens. ``decode_layout`` ``replicate`` keeps whole weights (up to tp) on every
         data row of the mesh, ``shard`` leaves them split over fsdp. ``unroll`` compiles each layer by itself:
-        by default up to 8 layers. ValueError where tp does not divide the model.
+        by default up to 8 layers. ``share_prompts`` prefills once what prompts of a growing dialogue have in
+        common. ValueError where tp does not divide the model.
         """
         self._config, self._compute = config, compute
         self._mesh = make_mesh({}) if mesh is None else mesh
@@ -91,7 +94,7 @@ class JaxEngine:
         self._multiple = sizes.get("data", 1) * sizes.get("fsdp", 1)
         self._max_rows = -(-max_rows // self._multiple) * self._multiple
         self._prompt_multiple, self._completion_bucket = prompt_multiple, completion_bucket
-        self._chunk, self._prefill_tokens = chunk, prefill_tokens
+        self._chunk, self._prefill_tokens, self._share_prompts = chunk, prefill_tokens, share_prompts
         unroll = config.num_layers <= _MAX_UNROLLED if unroll is None else unroll
         # A single layer cannot be looped over.
         self._programs: Programs = programs(
@@ -155,7 +158,7 @@ class JaxEngine:
         allowed = widths(min(largest, max(1, self._max_rows // self._multiple)))
         waiting = [
             Prompt(request=request, rollouts=range(start, min(start + self._max_rows, request.num)))
-            for request in sorted(requests, key=lambda request: -len(request.token_ids))
+            for request in map(requests.__getitem__, self._in_order(requests))
             for start in range(0, request.num, self._max_rows)
         ]
         done: dict[str, dict[int, Completion]] = {request.id: {} for request in requests}
@@ -175,6 +178,12 @@ class JaxEngine:
                     yield group
                     began = time.perf_counter()
         self._counts["seconds"] += time.perf_counter() - began
+
+    def _in_order(self, requests: Sequence[Request]) -> list[int]:
+        """Longest prompts first, or those of a dialogue together."""
+        if self._share_prompts:
+            return by_dialogue([request.token_ids for request in requests])
+        return sorted(range(len(requests)), key=lambda index: -len(requests[index].token_ids))
 
     def _arrange(
         self, board: Board | None, waiting: list[Prompt], allowed: Sequence[int], sampling: Sampling
@@ -267,17 +276,21 @@ class JaxEngine:
     def _prefill(
         self, prompts: Caches, fresh: Mapping[Prompt, Sequence[int]], *, num_slots: int, columns: int
     ) -> Caches:
-        """Prefill new prompts, longest first, and write them into all their slots."""
+        """Prefill new prompts, longest first or by dialogue, and write them into all their slots."""
         began = time.perf_counter()
-        order = sorted(fresh, key=lambda prompt: -len(prompt.request.token_ids))
-        lengths = [len(prompt.request.token_ids) - 1 for prompt in order]
-        budget = self._prefill_tokens * self._multiple
-        for which, size in batches(lengths, columns=columns, budget=budget, multiple=self._multiple):
-            tokens, used = np.zeros((size, columns), np.int32), np.zeros(size, np.int32)
-            for row, index in enumerate(which):
-                tokens[row, : lengths[index]] = order[index].request.token_ids[:-1]
-                used[row] = lengths[index]
-            new = self._call(self._programs.prefill, self._weights, tokens, used)
+        given = list(fresh)
+        order = [given[index] for index in self._in_order([prompt.request for prompt in given])]
+        layout, program = prefilled, self._programs.prefill
+        if self._share_prompts:
+            layout, program = prefilled_together, self._programs.prefill_rows
+        for which, new in layout(
+            functools.partial(self._call, program, self._weights),
+            [prompt.request.token_ids for prompt in order],
+            columns=columns,
+            budget=self._prefill_tokens * self._multiple,
+            multiple=self._multiple,
+        ):
+            size = new[0][0].shape[-4]
             copies = max(len(fresh[order[index]]) for index in which)
             for copy in range(copies):
                 target = np.full(size, num_slots, np.int32)
@@ -285,7 +298,7 @@ class JaxEngine:
                     places = fresh[order[index]]
                     target[row] = places[copy] if copy < len(places) else num_slots
                 prompts = self._call(self._programs.admit, prompts, new, target)
-        self._counts["num_prompt_tokens"] += sum(lengths)
+        self._counts["num_prompt_tokens"] += sum(len(prompt.request.token_ids) - 1 for prompt in order)
         self._counts["prefill_seconds"] += time.perf_counter() - began
         return prompts
 

@@ -51,6 +51,25 @@ def test_greedy_tokens_and_logprobs_equal_those_of_transformers_and_of_the_train
     check_logprobs(params, requests, ours, temperature=1.0)
 
 
+def test_prompts_that_grow_with_a_dialogue_share_their_rows_and_change_no_token():
+    params = sharp_weights()
+    rng = np.random.default_rng(3)
+    draw = lambda length: tuple(int(token) for token in rng.integers(0, POLICY.vocab_size, length))  # noqa: E731
+    requests = []
+    for dialogue in range(3):
+        history = draw(4)
+        for turn in range(5):
+            history += draw(3 + (turn * dialogue) % 4)
+            ids = history + draw(1 + turn % 3)
+            requests.append(Request(id=f"{dialogue}.{turn}", token_ids=ids, num=1 + turn % 2, seed=turn))
+    requests.append(Request(id="alone", token_ids=draw(1), num=2, seed=9))
+    plain = run(make_engine(params), requests, temperature=0.8)
+    for options in ({}, {"unroll": False, "max_rows": 6, "prompt_multiple": 16, "prefill_tokens": 96}):
+        shared = run(make_engine(params, share_prompts=True, **options), requests, temperature=0.8)
+        assert tokens_of(shared) == tokens_of(plain)
+        check_logprobs(params, requests, shared, temperature=0.8)
+
+
 def check_logprobs(params, requests, answers, *, temperature: float):
     pairs = [(request.token_ids, c.token_ids) for request in requests for c in answers[request.id]]
     found = [c.logprobs for request in requests for c in answers[request.id]]
