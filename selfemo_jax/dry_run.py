@@ -8,10 +8,11 @@ from rich.table import Table
 from selfemo_jax import phases as plans
 from selfemo_jax.config import Config
 from selfemo_jax.config_check import parse_keep
+from selfemo_jax.label_phase import training_dialogues
 from selfemo_jax.model.sharding import placements
 from selfemo_jax.parts import Parts, build_parts
 from selfemo_jax.run_data import RunData, load_data
-from selfemo_jax.run_inputs import cold_inputs, phase_examples
+from selfemo_jax.run_inputs import cold_inputs, example_dialogues, phase_examples
 
 BYTES_PER_TOKEN = 14
 """Of a recorded rollout: ids and log-probs compressed, and its text; measured on the bundled data."""
@@ -55,8 +56,13 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
             # What an expert will write is not known before: at most an answer for each input.
             inputs = cold_inputs(config, data) if asked else {}
             found = inputs or phase_examples(phase, data, (), parts.codec, config)
-            num = sum(map(len, found.values()))
+            by_dialogue = config.cold_start.rows == "dialogues" and not asked
+            num = sum(map(len, (example_dialogues(found) if by_dialogue else found).values()))
             steps = math.ceil(config.cold_start.epochs * num / config.cold_start.batch_size)
+        elif phase.kind == "labels":
+            labels = config.cold_start.labels
+            num = sum(map(len, training_dialogues(data, config).values()))
+            steps = math.ceil(labels.epochs * num / labels.batch_size)
         elif phase.kind == "sft":
             steps = None
         elif phase.kind == "rl":
@@ -66,7 +72,7 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
             num = min(config.flywheel.max_inputs or num_inputs, num_inputs)
             prompts = min(num, config.flywheel.dialogues_per_step)
             steps = math.ceil(num / config.flywheel.dialogues_per_step) * config.flywheel.max_depth
-        if phase.kind != "sft" and steps is not None:
+        if phase.kind not in ("sft", "labels") and steps is not None:
             kept = {"all": steps, "last": min(steps, number), "every": math.ceil(steps / number)}[kind]
             rollouts = kept * prompts * config.rl.group_size
             disk = f"{rollouts * config.rollout.max_tokens * BYTES_PER_TOKEN / 2**20:.1f}"

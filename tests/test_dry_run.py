@@ -145,3 +145,14 @@ def test_a_gpu_run_without_a_gpu_says_what_was_found():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "platform gpu: JAX finds no such device" in done.stdout, done.stderr
     assert "set platform to cpu" in done.stdout
+
+
+def test_phase_on_labels_counts_dialogues(capsys):
+    config = settings(
+        cold_start={"labels": {"epochs": 0.5, "batch_size": 4}, "rows": "dialogues"},
+        flywheel={"iterations": 0, "retrain": {"init": "cold"}},
+    )
+    found = rows(described(config, capsys))
+    # No dialogue of the fabricated data has lines of its own; the cold start has 50, two passes of them.
+    assert found["labels"][:2] == ["labels", "base"] and found["labels"][3] == "0"
+    assert found["cold"][:2] == ["sft", "labels"] and found["cold"][3] == "2"
