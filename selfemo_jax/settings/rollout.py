@@ -87,3 +87,4 @@ class Rollout:
     gap_stop: Positive | None = 0.05
     """The same above which the run stops before it saves; null: never."""
     sidecar: Sidecar = field(default_factory=Sidecar)
+    """The vLLM servers, for engine vllm."""
