@@ -65,3 +65,21 @@ def test_bfloat16_stays_bfloat16_with_float32_statistics():
     assert float(out) == 4096.0
     assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
     assert matmul(x, jnp.ones((4096, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_a_narrow_weight_keeps_wide_activations_and_float32_sums():
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (2, 5, 600))
+    w = jax.random.normal(keys[1], (600, 7)).astype(jnp.bfloat16)
+    seed = jax.random.normal(keys[2], (2, 5, 7))
+    rounded, wide = x.astype(jnp.bfloat16).astype(jnp.float32), w.astype(jnp.float32)
+    out, backward = jax.vjp(matmul, x, w)
+    dx, dw = backward(seed)
+    assert (out.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+    # Products of bfloat16 numbers are exact in float32: only the order of the sum is left.
+    np.testing.assert_allclose(out, rounded @ wide, rtol=0, atol=2e-4)
+    narrow = seed.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(dx, narrow @ wide.T, rtol=0, atol=1e-5)
+    expected = jnp.einsum("btd,bte->de", rounded, narrow)
+    np.testing.assert_allclose(dw.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
+    assert float(jnp.abs(out - x @ wide).max()) > 1e-3
