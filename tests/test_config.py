@@ -419,6 +419,13 @@ def test_small_configs_use_the_robust_preset_and_never_go_back_to_random_weights
     assert (cpu.data.sets, cpu.data.decontaminate, cpu.time_limit) == (["meld", "emorynlp"], True, 33.0)
 
 
+@pytest.mark.parametrize("mesh", ["1", "8", "fsdp=4,tp=2"])
+@pytest.mark.parametrize("name", ["tiny", "meld_emory_cpu", "qwen3_4b", "qwen3_8b"])
+def test_a_bundled_config_splits_over_the_usual_meshes(name, mesh):
+    config, _ = load("--config", str(config_folder() / f"{name}.yaml"), "--mesh", mesh)
+    assert config.mesh == mesh
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_says_what_it_is_and_how_it_is_run(path):
     text = path.read_text()
