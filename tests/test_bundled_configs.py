@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import selfemo_jax.config as config_module
-from selfemo_jax.config import Config
+from selfemo_jax.config import Config, parse_mesh
 from selfemo_jax.config_io import config_folder, load_config, read_config, to_yaml
 
 CONFIGS = sorted(config_folder().rglob("*.yaml"))
