@@ -171,14 +171,21 @@ def load_codec(folder: Path | Traversable) -> TextCodec:
     path = Path(str(folder))
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: no tokenizer.json; a folder with a fast tokenizer is needed")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        generation_config = {}
+        if (path / "generation_config.json").is_file():
+            generation_config = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    # The library raises whatever its parsers raise, bare `Exception` from tokenizer.json among them.
+    except Exception as error:
+        raise ValueError(
+            f"{path}: its tokenizer cannot be read: {error}; copy tokenizer.json, tokenizer_config.json and "
+            "generation_config.json anew from where the model came from"
+        ) from error
     if not tokenizer.chat_template:
         raise ValueError(
             f"{path}: no chat template; add chat_template.jinja or use an instruct model's tokenizer"
         )
-    generation_config = {}
-    if (path / "generation_config.json").is_file():
-        generation_config = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
     return TextCodec(tokenizer, folder=str(path), generation_config=generation_config)
 
 

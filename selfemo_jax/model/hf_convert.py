@@ -178,7 +178,7 @@ def verify(a: str | os.PathLike, b: str | os.PathLike) -> list[str]:
     differences = []
     for path in (Path(a), Path(b)):
         if path.is_file():
-            found.append((str(path), None, json.loads(path.read_text())["tensors"]))
+            found.append((str(path), None, orbax_io.read_json(path)["tensors"]))
             continue
         config, checkpoint = open_model(path)
         tensors = tensor_source(checkpoint, config)

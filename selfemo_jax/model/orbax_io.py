@@ -110,6 +110,16 @@ def write_metadata(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     (folder / _CHECKPOINT_METADATA_NAME).write_text(json.dumps(about))
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError naming the file where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not JSON: {error}; the file is damaged, copy or convert it anew"
+        ) from error
+
+
 def open_arrays(folder: Path) -> dict[str, Any]:
     """Dotted path -> open `tensorstore.TensorStore` of each leaf; ValueError where this is no checkpoint."""
     import tensorstore as ts
@@ -117,7 +127,7 @@ def open_arrays(folder: Path) -> dict[str, Any]:
     path = folder / METADATA_NAME
     if not path.exists():
         raise ValueError(f"{folder}: no {METADATA_NAME}; expected an Orbax checkpoint of parameters")
-    metadata = json.loads(path.read_text())
+    metadata = read_json(path)
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     context = _context()
     pending = {}

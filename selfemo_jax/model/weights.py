@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,14 +72,13 @@ def open_model(folder: str | os.PathLike) -> tuple[ModelConfig, Checkpoint]:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face or a converted checkpoint")
+    settings = orbax_io.read_json(config_path)
     try:
-        config = ModelConfig.from_hf(json.loads(config_path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_path}: not JSON: {error}") from error
+        config = ModelConfig.from_hf(settings)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     certificate_path = folder / CERTIFICATE_NAME
-    certificate = json.loads(certificate_path.read_text()) if certificate_path.exists() else None
+    certificate = orbax_io.read_json(certificate_path) if certificate_path.exists() else None
     if (folder / PARAMS_NAME / orbax_io.METADATA_NAME).exists():
         return config, Checkpoint(folder=folder, kind="flax", certificate=certificate)
     if any(folder.glob("*.safetensors")):

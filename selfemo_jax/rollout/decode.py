@@ -43,6 +43,7 @@ from selfemo_jax.rollout.prefill import Caches, prefill, prefill_rows
 _NEGATIVE = -1e30
 _ROWS = ("data", "fsdp")
 
+
 @dataclass(frozen=True, kw_only=True)
 class Programs:
     """The compiled functions of one model on one mesh; jax.jit keeps one program per shape in each."""

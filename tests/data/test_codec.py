@@ -125,6 +125,14 @@ def test_a_single_character_added_token_in_the_vocabulary_is_refused(make_tokeni
         load_codec(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_damaged_file_names_its_folder_and_what_to_do(name, make_tokenizer):
+    folder = make_tokenizer(f"damaged_{name}")
+    (folder / name).write_text('{"version": "1.')
+    with pytest.raises(ValueError, match=r"damaged_.*cannot be read: .*copy tokenizer.json"):
+        load_codec(folder)
+
+
 def test_missing_files_are_named(tmp_path, make_tokenizer):
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_codec(tmp_path)

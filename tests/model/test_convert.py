@@ -219,6 +219,7 @@ def test_a_tensor_in_two_files_and_a_lying_index_are_found(tmp_path):
         (lambda src, dst: shutil.rmtree(src), "no such folder"),
         (lambda src, dst: (src / "config.json").unlink(), "no config.json"),
         (lambda src, dst: (src / "config.json").write_text("{"), "not JSON"),
+        (lambda src, dst: (src / "certificate.json").write_text("{"), "certificate.json: not JSON"),
         (lambda src, dst: (src / "model.safetensors").unlink(), "neither"),
         (lambda src, dst: (src / "model.safetensors").write_bytes(b"abc"), "cut short"),
         (lambda src, dst: os.truncate(src / "model.safetensors", 20_000), "cut short"),
