@@ -44,6 +44,7 @@ def open_arrays(manifest: Manifest) -> dict[str, Any]:
     for name, future in pending.items():
         try:
             stores[name] = future.result()
+        # tensorstore answers a damaged or missing array with whatever its status maps to.
         except Exception as error:
             raise ValueError(f"array {name} cannot be opened: {error}") from error
     return stores

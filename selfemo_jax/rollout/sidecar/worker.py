@@ -255,6 +255,7 @@ class WeightsExtension:
         assert isinstance(engine, OrbaxDisk), f"the weight transfer backend is not {BACKEND}"
         try:
             return ask(engine.weights)
+        # vLLM miscounts later answers once a worker raises: every reason goes back as an answer.
         except Exception as error:
             logger.exception("Refused a request of the trainer")
             return {"error": str(error) or type(error).__name__}
