@@ -221,7 +221,10 @@ def make_steps(
 
     def add(objective, params, accumulator, batch):
         trained, frozen = parted(params)
-        whole = lambda trained, batch: objective(join(trained, frozen), batch)  # noqa: E731
+
+        def whole(trained, batch):
+            return objective(join(trained, frozen), batch)
+
         (_, sums), gradients = jax.value_and_grad(whole, has_aux=True)(trained, batch)
         together = Accumulator(gradients=gradients, sums=sums)
         added = jax.tree.map(lambda total, more: total + more.astype(total.dtype), accumulator, together)
@@ -364,5 +367,8 @@ def _like_params(abstract: Any, shardings: Params, whole: NamedSharding) -> Any:
     """Shardings for an optimizer state: a subtree shaped like the trained weights lies as they do, the rest
     is whole."""
     structure = jax.tree.structure(shardings)
-    is_params = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+
+    def is_params(node):
+        return jax.tree.structure(node) == structure
+
     return jax.tree.map(lambda node: shardings if is_params(node) else whole, abstract, is_leaf=is_params)

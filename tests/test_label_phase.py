@@ -45,7 +45,10 @@ def steps() -> Steps:
 def asked() -> list[Question]:
     """Two dialogues of set a and b, of three and four lines."""
     rng = np.random.default_rng(0)
-    draw = lambda length: tuple(int(token) for token in rng.integers(20, 97, length))  # noqa: E731
+
+    def draw(length):
+        return tuple(int(token) for token in rng.integers(20, 97, length))
+
     found = []
     for dataset, labels in (("a", (0, 1, 1)), ("b", (4, 2, 3, 4))):
         history = draw(3)

@@ -277,7 +277,10 @@ def test_a_reward_that_cannot_be_imported_is_refused():
 def test_the_scale_of_advantages_reaches_the_kernel(scale):
     found = golden(advantages={"scale": scale})
     r1, r2 = np.array(R1), np.array(R2)
-    deviation = lambda r: r - r.mean()  # noqa: E731
+
+    def deviation(r):
+        return r - r.mean()
+
     total = r1 + 0.5 * r2
     expected = {
         "r1": deviation(total) / (r1.std(ddof=1) + 1e-6),

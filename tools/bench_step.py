@@ -161,8 +161,13 @@ def _spread(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 def _data(args: argparse.Namespace) -> tuple[list[TrainSequence], list[np.ndarray]]:
     """The sequences of one update and a reference log-prob of each of their targets."""
     rng = np.random.default_rng(args.seed)
-    near = lambda mean: int(rng.integers(mean - mean // 10, mean + mean // 10 + 1))  # noqa: E731
-    draw = lambda length: tuple(rng.integers(1, args.vocab_size, length).tolist())  # noqa: E731
+
+    def near(mean):
+        return int(rng.integers(mean - mean // 10, mean + mean // 10 + 1))
+
+    def draw(length):
+        return tuple(rng.integers(1, args.vocab_size, length).tolist())
+
     prompts = [draw(near(args.prompt)) for _ in range(args.groups)]
     completions = [[draw(near(args.completion)) for _ in range(args.group_size)] for _ in prompts]
     lengths = np.array([[len(completion) for completion in group] for group in completions])

@@ -105,7 +105,10 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
 
 def stack_layers(params: Params, *, config: ModelConfig, compute: Compute, unroll: bool) -> Params:
     """A copy of the weights in the compute dtype, cut into stacks, never the same buffers as ``params``."""
-    cast = lambda x: jnp.array(x, dtype=compute.dtype, copy=True)  # noqa: E731
+
+    def cast(x):
+        return jnp.array(x, dtype=compute.dtype, copy=True)
+
     layers = {
         name: jnp.array(weight, dtype=weight_dtype(name, compute), copy=True)
         for name, weight in params["layers"].items()

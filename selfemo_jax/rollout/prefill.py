@@ -64,7 +64,10 @@ def prefill_rows(
 ) -> Caches:
     """Keys and values (`Caches`, B for S) of prompts that lie in packed rows: prompt b's are those of
     ``row[b]`` at ``columns[b]``; what its length leaves of the columns means nothing."""
-    pick = lambda keys: keys[row[:, None], columns]  # noqa: E731
+
+    def pick(keys):
+        return keys[row[:, None], columns]
+
     return _through_layers(
         params, tokens, positions, segment_ids, prefix_ids, pick, config=config, compute=compute, pin=pin
     )

@@ -59,7 +59,10 @@ class Published:
 def snapshot(params: Params, *, dtype: str) -> Params:
     """A copy in the serving type, each device holding what it held: the trainer may donate its own
     arrays."""
-    copy = lambda leaf: jnp.array(leaf, dtype=dtype, copy=True)  # noqa: E731
+
+    def copy(leaf):
+        return jnp.array(leaf, dtype=dtype, copy=True)
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.Array) else None, params)
     return jax.jit(lambda tree: jax.tree.map(copy, tree), out_shardings=shardings)(params)
 

@@ -67,9 +67,10 @@ def test_a_rare_label_weighs_more_and_the_mean_stays_one():
 
 def test_a_question_is_the_prompt_and_the_opening_and_its_target_the_heaviest_label():
     table = label_table(INVENTORIES, codec(), thinking=False)
-    encode = lambda s: build_prompt(  # noqa: E731
-        s, codec(), max_labels=1, max_tokens=128, thinking=False, style="dialogue"
-    )
+
+    def encode(s):
+        return build_prompt(s, codec(), max_labels=1, max_tokens=128, thinking=False, style="dialogue")
+
     chosen = sample(1, gold={"joy": 0.2, "anger": 0.8})
     (found,) = questions((chosen,), table, encode, {("meld", "anger"): 1.5})
     assert found.prompt_ids == (*encode(chosen).token_ids, *table.opening("meld"))
@@ -116,9 +117,10 @@ def test_meld_prompts_of_one_dialogue_share_all_but_their_tails():
         for n in range(1, 5)
     ]
     table = label_table({"meld": MELD.labels}, codec(), thinking=False)
-    encode = lambda s: build_prompt(  # noqa: E731
-        s, codec(), max_labels=1, max_tokens=128, thinking=False, style="dialogue"
-    )
+
+    def encode(s):
+        return build_prompt(s, codec(), max_labels=1, max_tokens=128, thinking=False, style="dialogue")
+
     asked = questions(chosen, table, encode, {})
     packed = pack(label_sequences(asked), layout="shared_prefix", row_tokens=256, micro_rows=1)
     separate = sum(len(q.prompt_ids) for q in asked)

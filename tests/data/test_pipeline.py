@@ -158,7 +158,10 @@ def environment_too(number: int) -> tuple:
 @pytest.fixture(scope="module")
 def read_by_a_worker():
     """Eight batches read by one worker, and five read after a restart from the third state."""
-    encode = lambda number: environment_too(number)  # noqa: E731
+
+    def encode(number):
+        return environment_too(number)
+
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
     try:

@@ -201,7 +201,10 @@ def test_no_more_requests_are_under_way_than_allowed(tmp_path):
 
 def test_a_stop_lets_the_requests_under_way_end_and_begins_no_other(tmp_path):
     log = tmp_path / "log"
-    stopping = lambda: len(requests(log)) >= 4  # noqa: E731
+
+    def stopping():
+        return len(requests(log)) >= 4
+
     with (
         serving(log, "--delay", "0.2") as url,
         panel(tmp_path, endpoint(url, concurrency=2), stopping=stopping) as experts,

@@ -92,7 +92,9 @@ def test_blocked_equals_dense_in_value_and_gradients(num_tokens):
 
     @functools.partial(jax.jit, static_argnames="backend")
     def run(q, k, v, backend):
-        loss = lambda *a: jnp.sum(seed * packed_attention(*a, segments, prefixes, backend=backend))  # noqa: E731
+        def loss(*a):
+            return jnp.sum(seed * packed_attention(*a, segments, prefixes, backend=backend))
+
         value = packed_attention(q, k, v, segments, prefixes, backend=backend)
         return value, jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
@@ -113,7 +115,10 @@ def test_gradients_against_finite_differences(backend):
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_what_is_hidden_gets_no_gradient(backend):
     q, k, v = inputs(8)
-    run = lambda k, v: packed_attention(q, k, v, SEGMENTS, PREFIXES, backend=backend)[0, 4].sum()  # noqa: E731
+
+    def run(k, v):
+        return packed_attention(q, k, v, SEGMENTS, PREFIXES, backend=backend)[0, 4].sum()
+
     for gradient in jax.grad(run, argnums=(0, 1))(k, v):
         reached = np.abs(np.asarray(gradient[0])).sum(axis=(1, 2)) > 0
         np.testing.assert_array_equal(reached, TABLE[4])

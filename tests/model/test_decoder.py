@@ -108,7 +108,9 @@ def test_blocked_attention_makes_no_square_array():
     }
 
     def text(attention):
-        run = lambda params: forward(params, TINY, Compute(attention=attention), **batch).sum()  # noqa: E731
+        def run(params):
+            return forward(params, TINY, Compute(attention=attention), **batch).sum()
+
         return jax.jit(jax.grad(run)).lower(weights()).as_text()
 
     assert "300x300" in text("dense")
@@ -155,7 +157,10 @@ def test_bfloat16_compute_keeps_float32_weights_and_stays_near_float32():
     assert hidden.dtype == jnp.bfloat16
     # bfloat16 has 8 bits of mantissa: 0.4 % a product, a few products deep, on a loss of about 4.9.
     assert 0 < abs(float(loss) - float(exact)) < 0.03
-    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+
+    def flat(tree):
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
     a, b = flat(gradients), flat(exact_gradients)
     assert np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
 

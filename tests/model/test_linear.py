@@ -48,11 +48,17 @@ def test_rms_norm_gradients_equal_plain_ones(lead):
 def test_gradients_against_finite_differences():
     keys = jax.random.split(jax.random.key(2), 3)
     x, w = jax.random.normal(keys[0], (2, 3, 4)), jax.random.normal(keys[1], (4, 5))
+
     # The differences are numpy arrays, which the shape checks refuse.
-    multiply = lambda x, w: matmul(jnp.asarray(x), jnp.asarray(w))  # noqa: E731
+    def multiply(x, w):
+        return matmul(jnp.asarray(x), jnp.asarray(w))
+
     check_grads(multiply, (x, w), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
     weight = jax.random.normal(keys[2], (4,))
-    normed = lambda x, weight: rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=EPS)  # noqa: E731
+
+    def normed(x, weight):
+        return rms_norm(jnp.asarray(x), jnp.asarray(weight), eps=EPS)
+
     check_grads(normed, (x, weight), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 

@@ -84,7 +84,10 @@ def test_placements_count_the_stored_type():
 
 def test_shard_shapes_by_hand():
     shardings = param_shardings(CONFIG, make_mesh({"fsdp": 4, "tp": 2}))
-    shard = lambda node, shape: node.shard_shape(shape)  # noqa: E731
+
+    def shard(node, shape):
+        return node.shard_shape(shape)
+
     assert shard(shardings["embed"], (512, 128)) == (256, 32)
     assert shard(shardings["layers"]["q"], (3, 128, 4, 32)) == (3, 32, 2, 32)
     assert shard(shardings["layers"]["o"], (3, 4, 32, 128)) == (3, 2, 32, 32)

@@ -50,7 +50,10 @@ def weights(config: ModelConfig = TINY, *, seed: int = 0) -> Params:
 def sequences(groups=GROUPS, *, vocab_size: int = TINY.vocab_size, seed: int = 0) -> list[TrainSequence]:
     """Random sequences of the given lengths, weighted as a token mean."""
     rng = np.random.default_rng(seed)
-    draw = lambda length: tuple(int(token) for token in rng.integers(0, vocab_size, length))  # noqa: E731
+
+    def draw(length):
+        return tuple(int(token) for token in rng.integers(0, vocab_size, length))
+
     lengths = np.array([length for _, completions in groups for length in completions])
     (weight,) = set(token_weights(lengths, "token-mean").tolist())
     out = []

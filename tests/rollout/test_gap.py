@@ -72,7 +72,10 @@ def test_a_band_that_is_no_band_is_refused(band):
 
 def test_thresholds_warn_then_stop_and_a_gap_that_is_no_number_stops():
     settings = Rollout(gap_warn=0.005, gap_stop=0.05)
-    gap = lambda value: {"rollout_gap/mean": value}  # noqa: E731
+
+    def gap(value):
+        return {"rollout_gap/mean": value}
+
     assert check_gap({}, settings, where="rl step 3") is None
     assert check_gap(gap(0.005), settings, where="rl step 3") is None
     warning = check_gap(gap(0.02), settings, where="rl step 3")

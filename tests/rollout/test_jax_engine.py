@@ -54,7 +54,10 @@ def test_greedy_tokens_and_logprobs_equal_those_of_transformers_and_of_the_train
 def test_prompts_that_grow_with_a_dialogue_share_their_rows_and_change_no_token():
     params = sharp_weights()
     rng = np.random.default_rng(3)
-    draw = lambda length: tuple(int(token) for token in rng.integers(0, POLICY.vocab_size, length))  # noqa: E731
+
+    def draw(length):
+        return tuple(int(token) for token in rng.integers(0, POLICY.vocab_size, length))
+
     requests = []
     for dialogue in range(3):
         history = draw(4)
