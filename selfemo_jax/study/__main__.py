@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from selfemo_jax.study import arms, clusters
+from selfemo_jax.study import arms, clusters, learning
 
 STUDIES = {
     "arms": (arms, "train every config of a folder with several seeds and print their table"),
     "clusters": (clusters, "cluster persona sentences, name the clusters and draw them"),
+    "learning": (learning, "train with several seeds and controls, and test whether RL raised greedy r1"),
 }
 
 

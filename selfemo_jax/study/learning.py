@@ -11,6 +11,7 @@ dialogues (differences averaged over seeds, inputs of a dialogue taken together)
 above twice the larger of them.
 """
 
+import argparse
 import json
 import math
 import subprocess
@@ -121,6 +122,23 @@ def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, np.ndarray | 
     return result
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study's flags."""
+    parser.add_argument("--config", help="config to train; default: the bundled tiny.yaml")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the study; returns the exit status."""
+    if args.seeds < 1:
+        raise ValueError(f"--seeds is {args.seeds}; expected 1 or more")
+    config = ["--config", args.config] if args.config else []
+    study(args.arms, range(args.seeds), args.out, train_args=config)
+    return 0
+
+
 def study(
     arms: Sequence[str],
     seeds: Sequence[int],
@@ -152,7 +170,7 @@ def study(
 
 
 def _train(run_dir: Path, arguments: Sequence[str]) -> None:
-    if (run_dir / "eval" / "test.json").exists():
+    if (run_dir / "eval" / "final.json").exists():
         return
     resume = ["--resume", "auto"] if run_dir.exists() else []
     command = [sys.executable, "-m", "selfemo_jax.train", *arguments, "--run_dir", str(run_dir), *resume]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.learning import rise
 
 
@@ -42,3 +43,8 @@ def test_no_change_is_no_rise():
 def test_arrays_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="one column an input"):
         rise(np.zeros((1, 3)), np.zeros((1, 3)), ["a", "b"])
+
+
+def test_no_seed_is_refused(tmp_path, capsys):
+    assert main(["learning", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err
