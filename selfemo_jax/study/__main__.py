@@ -4,12 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from selfemo_jax.study import arms, clusters, learning
+from selfemo_jax.study import arms, clusters, compare, curves, learning, persona_rewards, seeds
 
 STUDIES = {
     "arms": (arms, "train every config of a folder with several seeds and print their table"),
     "clusters": (clusters, "cluster persona sentences, name the clusters and draw them"),
+    "compare": (compare, "scores of runs with intervals, and paired tests between them"),
+    "curves": (curves, "accuracy and IoU over training: rise, roughness, rank correlation"),
     "learning": (learning, "train with several seeds and controls, and test whether RL raised greedy r1"),
+    "personas": (persona_rewards, "mean reward by persona cluster"),
+    "seeds": (seeds, "train the same settings with several seeds and aggregate their scores"),
 }
 
 
@@ -24,9 +28,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one study; returns the exit status."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, further = parser.parse_known_args(argv)
+    study = STUDIES[args.study][0]
     try:
-        return STUDIES[args.study][0].main(args)
+        if study is seeds:
+            return seeds.main(args, further)
+        if further:
+            parser.error(f"unrecognized arguments: {' '.join(further)}")
+        return study.main(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

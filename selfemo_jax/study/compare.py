@@ -1,0 +1,180 @@
+"""Are two systems different? Scores with intervals and paired tests, from the predictions of evaluations.
+
+    python -m selfemo_jax.study compare RUN_A RUN_B [RUN ...] [--split test] [--out DIR]
+
+A system is a run, a folder that `selfemo_jax.evaluate` wrote, or a predictions file. Each further one is
+compared with the first on the inputs that both answered: accuracy by McNemar's exact test, scores by a paired
+bootstrap over dialogues. Holm's correction is over all comparisons and data sets of the table, for each kind
+of test; the row over all sets stands outside that family.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfemo_jax.study import showing
+from selfemo_jax.study.reading import Predictions, joined_notes, read_predictions, short_names
+from selfemo_jax.study.significance import (
+    NUM_SAMPLES,
+    SCORES,
+    dialogue_counts,
+    difference,
+    estimate,
+    holm,
+    mcnemar_exact,
+)
+
+ALL_SETS = "mean of sets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``study compare``."""
+    words = "run, evaluation's folder or predictions file; the first is what the others are compared with"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=words)
+    parser.add_argument("--split", default="test", help="split whose predictions are compared")
+    parser.add_argument("--names", nargs="+", help="names for the table; default: of the folders")
+    parser.add_argument("--lenient", action="store_true", help="the forgiving reading of answers")
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="bootstrap samples")
+    parser.add_argument("--out", type=Path, help="folder; default: study/ in the first run")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print both tables, write ``compare.json``, ``compare.md`` and ``compare.png``."""
+    if len(args.runs) < 2:
+        raise ValueError("compare: name two or more runs; for one, selfemo_jax.report shows its intervals")
+    if args.names and len(args.names) != len(args.runs):
+        raise ValueError(f"--names has {len(args.names)} names for {len(args.runs)} runs")
+    if args.samples < 100:
+        raise ValueError(f"--samples is {args.samples}; expected 100 or more")
+    names = args.names or short_names(args.runs)
+    label = "lenient" if args.lenient else "prediction"
+    systems = [
+        read_predictions(source, split=args.split, name=name, label=label)
+        for source, name in zip(args.runs, names, strict=True)
+    ]
+    note = joined_notes([system.note for system in systems])
+    scores = score_rows(systems, num=args.samples)
+    tests = test_rows(systems, num=args.samples)
+    folder = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
+    out = args.out or folder / "study"
+    reading = "lenient" if args.lenient else "strict"
+    titles = (
+        showing.titled(f"{args.split}, {reading}: scores in percent, 95 % intervals over dialogues", note),
+        showing.titled(f"each against {names[0]}: differences in points, p and Holm's correction", note),
+    )
+    for title, rows in zip(titles, (scores, tests), strict=True):
+        showing.print_table(title, rows)
+    content = {"note": note, "split": args.split, "reading": reading, "bootstrap_samples": args.samples}
+    showing.write_json(out / "compare.json", {**content, "scores": scores, "significance": tests})
+    pages = [showing.markdown(title, rows) for title, rows in zip(titles, (scores, tests), strict=True)]
+    showing.atomic_write(out / "compare.md", "\n".join(pages))
+    draw_scores(out / "compare.png", scores, title=titles[0])
+    print(f"written: {out}/compare.json, .md, .png")
+    return 0
+
+
+def score_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
+    """One row for each system and data set: scores with intervals."""
+    rows = []
+    for system in systems:
+        counts = {
+            name: [dialogue_counts(list(lines.values()), system.labels[name])]
+            for name, lines in sorted(system.sets.items())
+        }
+        parts = [(name, [runs]) for name, runs in counts.items()]
+        if len(counts) > 1:
+            parts.append((ALL_SETS, list(counts.values())))
+        for name, sets in parts:
+            row: dict[str, Any] = {"run": system.name, "set": name}
+            row["n"] = int(sum(runs[0].sum() for runs in sets))
+            row["dialogues"] = sum(len(runs[0]) for runs in sets)
+            for score, function in SCORES.items():
+                found = estimate(sets, function, num=num)
+                row[score] = percent(found.value)
+                row[f"{score} ci"] = [percent(found.low), percent(found.high)]
+            rows.append(row)
+    return rows
+
+
+def test_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
+    """One row for each further system and data set, against the first."""
+    rows = []
+    for other in systems[1:]:
+        pairs = {name: common(systems[0], other, name) for name in sorted(systems[0].sets)}
+        pairs = {name: pair for name, pair in pairs.items() if pair is not None}
+        if not pairs:
+            raise ValueError(
+                f"{other.name} and {systems[0].name} answered no input in common: evaluate both on the same "
+                "data"
+            )
+        parts = [([name], name) for name in pairs]
+        if len(pairs) > 1:
+            parts.append((list(pairs), ALL_SETS))
+        for names, shown in parts:
+            rows.append({"run": other.name, "set": shown} | _test([pairs[name] for name in names], num=num))
+    single = [row for row in rows if row["set"] != ALL_SETS]
+    for family in ("p_mcnemar", "p_bootstrap"):
+        for row, p in zip(single, holm([row[family] for row in single]), strict=True):
+            row[f"{family}_holm"] = p
+    order = ["run", "set", "n", "dialogues", "difference accuracy", "difference accuracy ci", "won", "lost"]
+    order += ["p_mcnemar", "p_mcnemar_holm", "difference w-F1", "difference w-F1 ci"]
+    order += ["p_bootstrap", "p_bootstrap_holm"]
+    return [{name: row.get(name) for name in order} for row in rows]
+
+
+Pair = tuple[list[Any], list[Any], tuple[str, ...]]
+"""Lines of both systems on the same inputs, and the labels."""
+
+
+def common(first: Predictions, second: Predictions, name: str) -> Pair | None:
+    """Both systems' lines on the inputs of a set that both answered; None without any."""
+    here, there = first.sets[name], second.sets.get(name, {})
+    ids = [key for key in here if key in there]
+    for key in ids:
+        if here[key]["gold"] != there[key]["gold"]:
+            raise ValueError(
+                f"{key}: gold {here[key]['gold']} in {first.name} and {there[key]['gold']} in {second.name}; "
+                "the two were scored on different data"
+            )
+    labels = tuple(dict.fromkeys((*first.labels[name], *second.labels.get(name, ()))))
+    return ([here[key] for key in ids], [there[key] for key in ids], labels) if ids else None
+
+
+def _test(pairs: Sequence[Pair], *, num: int) -> dict[str, Any]:
+    first = [[dialogue_counts(here, labels)] for here, _, labels in pairs]
+    second = [[dialogue_counts(there, labels)] for _, there, labels in pairs]
+    right = [[line["prediction"] == line["gold"] for pair in pairs for line in pair[side]] for side in (0, 1)]
+    won, lost, p = mcnemar_exact(*right)
+    gaps = {name: difference(first, second, SCORES[name], num=num) for name in ("accuracy", "weighted_f1")}
+    row: dict[str, Any] = {"n": len(right[0]), "dialogues": sum(len(runs[0]) for runs in first)}
+    for name, shown in (("accuracy", "accuracy"), ("weighted_f1", "w-F1")):
+        row[f"difference {shown}"] = percent(gaps[name].value)
+        row[f"difference {shown} ci"] = [percent(gaps[name].low), percent(gaps[name].high)]
+    return row | {"won": won, "lost": lost, "p_mcnemar": p, "p_bootstrap": gaps["weighted_f1"].p}
+
+
+def percent(value: float) -> float:
+    """A share as percent with four digits behind the point."""
+    return round(100 * value, 4)
+
+
+def draw_scores(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Accuracy and weighted F1 of each system with their intervals, a group of points for each set."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    figure = showing.new_figure(10, 4)
+    figure.suptitle(title, fontsize="small")
+    for axes, score in zip(figure.subplots(1, 2), ("accuracy", "weighted_f1"), strict=True):
+        for place, run in enumerate(runs):
+            mine = [row for row in rows if row["run"] == run]
+            x = [sets.index(row["set"]) + 0.6 * (place + 0.5) / len(runs) - 0.3 for row in mine]
+            y = [row[score] for row in mine]
+            low = [max(0.0, row[score] - row[f"{score} ci"][0]) for row in mine]
+            high = [max(0.0, row[f"{score} ci"][1] - row[score]) for row in mine]
+            axes.errorbar(x, y, yerr=[low, high], fmt="o", capsize=3, label=run)
+        axes.set(title=score.replace("_", " "), ylabel="percent")
+        axes.set_xticks(range(len(sets)), sets, rotation=20, ha="right")
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].legend(fontsize="small", frameon=False)
+    showing.save_figure(figure, path)

@@ -1,0 +1,206 @@
+"""Accuracy and IoU over training (Fig. 5): curves, how rough they are, and whether they go together.
+
+    python -m selfemo_jax.study curves RUN [RUN ...] [--phases rl_1 rl_final] [--out DIR]
+
+From the dev scores that runs log every `eval.every` steps: for each data set greedy accuracy, weighted F1 and
+r1 (weighted IoU), and the mean reward r1 of the training rollouts. Of each curve are told the rise (last less
+first), its rank correlation with the step, and its roughness: the standard deviation of the changes from one
+score to the next, divided by the curve's range. A smooth rise of n points has a small roughness; pure noise
+has one of about 0.5. The last score before these phases is the curve's first point. Dev accuracy is set against dev r1 and against the training reward by Spearman's rank
+correlation.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfemo_jax.study import showing
+from selfemo_jax.study.reading import joined_notes, read_metrics, run_note, short_names
+
+SHOWN = ("accuracy", "r1")
+WINDOW = 10
+"""Training steps, this one and those before it, that the training reward beside a dev score is averaged
+over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One score over the steps at which it was measured."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``study curves``."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--phases", nargs="+", help="phases that count; default: those of RL")
+    parser.add_argument("--out", type=Path, help="folder; default: study/ in the first run")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table of curves, write ``curves.json`` and ``curves.png``."""
+    names = short_names(args.runs)
+    curves, rows, together = {}, [], []
+    for run_dir, name in zip(args.runs, names, strict=True):
+        lines = read_metrics(run_dir)
+        chosen = chosen_lines(lines, args.phases, where=run_dir)
+        curves[name] = dev_curves(chosen, where=run_dir)
+        rows += [{"run": name, "curve": curve.name} | described(curve) for curve in curves[name]]
+        together += [{"run": name} | row for row in agreement(curves[name], chosen)]
+    note = joined_notes([run_note(run_dir) for run_dir in args.runs])
+    out = args.out or args.runs[0] / "study"
+    titles = (
+        showing.titled("scores on the dev subset over training, in percent", note),
+        showing.titled("rank correlation of dev accuracy with", note),
+    )
+    showing.print_table(titles[0], rows)
+    showing.print_table(titles[1], together)
+    content = {
+        "note": note,
+        "curves": rows,
+        "agreement": together,
+        "points": [
+            {"run": name, "curve": curve.name, "step": int(step), "value": float(value)}
+            for name, found in curves.items()
+            for curve in found
+            for step, value in zip(curve.steps, curve.values, strict=True)
+        ],
+    }
+    showing.write_json(out / "curves.json", content)
+    draw(out / "curves.png", curves, note=note)
+    print(f"written: {out}/curves.json, .png")
+    return 0
+
+
+def chosen_lines(
+    lines: Sequence[Mapping[str, Any]], phases: Sequence[str] | None, *, where: Path
+) -> list[Mapping[str, Any]]:
+    """The lines of the named phases, or of those that log a reward and update weights."""
+    known = list(dict.fromkeys(str(line["phase"]) for line in lines))
+    if unknown := sorted(set(phases or ()) - set(known)):
+        raise ValueError(f"--phases {' '.join(unknown)}: {where} has {', '.join(known)}")
+    rl = {line["phase"] for line in lines if "reward/r1" in line and "loss" in line}
+    found = [line for line in lines if line["phase"] in (phases or rl)]
+    if not found:
+        raise ValueError(f"{where}: no phase of RL among {', '.join(known)}; name phases by --phases")
+    return found
+
+
+def dev_curves(lines: Sequence[Mapping[str, Any]], *, where: Path) -> list[Curve]:
+    """Accuracy, weighted F1 and r1 of each data set and their mean over sets; ValueError below two dev
+    scores."""
+    scored = [line for line in lines if "dev/wf1" in line]
+    if len(scored) < 2:
+        raise ValueError(
+            f"{where}: {len(scored)} dev scores in these phases, a curve needs two; train with a smaller "
+            "eval.every (or name more by --phases)"
+        )
+    steps = np.array([line["step"] for line in scored])
+    names = [name.split("/") for line in scored for name in line if name.startswith("dev/")]
+    sets = sorted({parts[1] for parts in names if len(parts) == 3})
+    curves = []
+    for score in ("accuracy", "r1", "wf1"):
+        per_set = np.array([[line.get(f"dev/{name}/{score}", np.nan) for line in scored] for name in sets])
+        for name, values in zip(sets, per_set, strict=True):
+            known = ~np.isnan(values)
+            curves.append(Curve(name=f"{name} {score}", steps=steps[known], values=values[known]))
+        curves.append(Curve(name=f"mean {score}", steps=steps, values=np.nanmean(per_set, axis=0)))
+    return curves
+
+
+def described(curve: Curve) -> dict[str, Any]:
+    """First, last and best value in percent, the rise, Spearman's correlation with the step, roughness."""
+    values = 100 * curve.values
+    correlation, p = spearman(curve.steps, values)
+    return {
+        "points": len(values),
+        "first": float(values[0]),
+        "last": float(values[-1]),
+        "best": float(values.max()),
+        "difference": float(values[-1] - values[0]),
+        "spearman with step": correlation,
+        "p": p,
+        "roughness": roughness(values),
+    }
+
+
+def roughness(values: np.ndarray) -> float | None:
+    """Standard deviation of first differences divided by the range; None for a flat curve or below three
+    points."""
+    spread = float(np.ptp(values)) if len(values) else 0.0
+    if len(values) < 3 or spread == 0:
+        return None
+    return float(np.std(np.diff(values)) / spread)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None]:
+    """Rank correlation and its two-sided p; None where one side is constant or there are under three
+    points."""
+    from scipy import stats
+
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None, None
+    found = stats.spearmanr(first, second)
+    return float(found.statistic), float(found.pvalue)
+
+
+def agreement(curves: Sequence[Curve], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether accuracy goes with r1: dev accuracy of each set against its dev r1, and the mean dev accuracy
+    against the training reward of the `WINDOW` steps up to it."""
+    by_name = {curve.name: curve for curve in curves}
+    rows = []
+    for curve in curves:
+        name, _, score = curve.name.rpartition(" ")
+        if score == "accuracy":
+            correlation, p = spearman(by_name[f"{name} r1"].values, curve.values)
+            rows.append(_agreement(name, "dev r1", len(curve.values), correlation, p))
+    rewards = [(line["step"], line["reward/r1"]) for line in lines if "reward/r1" in line]
+    accuracy = by_name["mean accuracy"]
+    pairs = []
+    for step, value in zip(accuracy.steps, accuracy.values, strict=True):
+        near = [reward for at, reward in rewards if step - WINDOW < at <= step]
+        if near:
+            pairs.append((float(np.mean(near)), float(value)))
+    correlation, p = spearman(*np.array(pairs).T) if len(pairs) >= 3 else (None, None)
+    rows.append(
+        {
+            "set": "mean",
+            "with": f"training r1 ({WINDOW} steps)",
+            "points": len(pairs),
+            "spearman": correlation,
+            "p": p,
+        }  # fmt: skip
+    )
+    return rows
+
+
+def _agreement(
+    name: str, other: str, points: int, correlation: float | None, p: float | None
+) -> dict[str, Any]:
+    return {"set": name, "with": other, "points": points, "spearman": correlation, "p": p}
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[Curve]], *, note: str) -> None:
+    """Two panels, accuracy and IoU, a line for each data set (and run)."""
+    figure = showing.new_figure(10, 4)
+    figure.suptitle(showing.titled("dev subset over training", note), fontsize="small")
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, score in zip(panels, SHOWN, strict=True):
+        for run, found in curves.items():
+            for curve in found:
+                name, _, kind = curve.name.rpartition(" ")
+                if kind == score:
+                    label = name if len(curves) == 1 else f"{run}: {name}"
+                    bold = name == "mean"
+                    axes.plot(curve.steps, 100 * curve.values, marker=".", label=label,
+                              linewidth=2.5 if bold else 1, color="black" if bold and len(curves) == 1 else None)  # fmt: skip
+        axes.set(title={"accuracy": "accuracy", "r1": "weighted IoU (r1)"}[score], xlabel="step", ylabel="percent")  # fmt: skip
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize="small", frameon=False)
+    showing.save_figure(figure, path)

@@ -1,0 +1,125 @@
+"""What studies read of runs: metrics, notes, predictions. A file that is missing or damaged is an error that
+says which, and what would make it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The answers of one system to a split."""
+
+    name: str
+    note: str
+    """Words that every number made of them carries; empty when there are none."""
+    labels: Mapping[str, tuple[str, ...]]
+    """Data set -> its label list, in order."""
+    sets: Mapping[str, Mapping[str, Line]]
+    """Data set -> input's id -> the line of ``predictions.jsonl``."""
+
+
+def read_jsonl(path: Path, *, hint: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. ValueError names the file, the line and what to do."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {hint}")
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number}: expected one JSON object a line; {hint}")
+            records.append(record)
+    return records
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, in order."""
+    hint = "expected the folder of a run (--run_dir of a training)"
+    lines = read_jsonl(run_dir / "metrics.jsonl", hint=hint)
+    if not lines:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the run has taken no step")
+    return lines
+
+
+def run_note(folder: Path) -> str:
+    """The words that every number of a run carries, also of a phase or checkpoint inside it."""
+    for place in (folder.resolve(), *folder.resolve().parents[:3]):
+        path = place / "config.yaml"
+        if path.is_file():
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return str(content.get("note") or "") if isinstance(content, dict) else ""
+    return ""
+
+
+def joined_notes(notes: Sequence[str]) -> str:
+    """Each note once."""
+    return "; ".join(dict.fromkeys(part for note in notes for part in note.split("; ") if part))
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(found[-depth:]) for found in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.resolve().name} ({place})" for place, path in enumerate(paths, start=1)]
+
+
+def predictions_file(source: Path, split: str) -> Path:
+    """The predictions in a run, in an evaluation's folder, or the file itself."""
+    if source.is_file():
+        return source
+    names = (source / "eval" / f"{split}_predictions.jsonl", source / f"{split}_predictions.jsonl")
+    found = next((path for path in names if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{source}: no {split}_predictions.jsonl in it or in its eval/; `python -m selfemo_jax.evaluate "
+            f"--checkpoint {source} --split {split}` writes it"
+        )
+    return found
+
+
+def read_predictions(source: Path, *, split: str, name: str, label: str = "prediction") -> Predictions:
+    """The answers of a run (or folder, or file) to a split; ``label`` names the field with the predicted
+    label, ``prediction`` (strict) or ``lenient``.
+
+    The label lists come from the scores beside them (``<split>.json``), else from the gold labels.
+    """
+    path = predictions_file(source, split)
+    sets: dict[str, dict[str, Line]] = {}
+    for number, line in enumerate(read_jsonl(path, hint="selfemo_jax.evaluate writes it anew"), start=1):
+        if not all(isinstance(line.get(key), str) for key in ("id", "dataset", "gold")) or label not in line:
+            raise ValueError(f"{path}: record {number} lacks id, dataset, gold or {label}")
+        members = sets.setdefault(line["dataset"], {})
+        if line["id"] in members:
+            raise ValueError(f"{path}: record {number} answers {line['id']} a second time")
+        members[line["id"]] = {**line, "prediction": line[label]}
+    if not sets:
+        raise ValueError(f"{path} holds no prediction")
+    scores: Mapping[str, Any] = {}
+    beside = path.with_name(f"{split}.json")
+    if beside.is_file():
+        try:
+            scores = json.loads(beside.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{beside}: not JSON; selfemo_jax.evaluate writes it anew") from None
+    labels = {}
+    for dataset, lines in sets.items():
+        listed = tuple((scores.get("sets") or {}).get(dataset, {}).get("per_class") or ())
+        gold = sorted({line["gold"] for line in lines.values()})
+        labels[dataset] = listed if set(gold) <= set(listed) else tuple(gold)
+    note = joined_notes([str(scores.get("note") or ""), run_note(path.parent)])
+    return Predictions(name=name, note=note, labels=labels, sets=sets)
