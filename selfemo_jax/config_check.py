@@ -255,6 +255,8 @@ def _flywheel(config: Config) -> Iterator[str]:
         )
 
 
+    if wheel.harvest == "replay":
+        yield from _replayed_harvest(config)
 def _logging(config: Config) -> Iterator[str]:
     for sink in config.log.sinks:
         if sink not in SINKS:
@@ -267,6 +269,25 @@ def _logging(config: Config) -> Iterator[str]:
 
 
 def parse_keep(text: str) -> tuple[Literal["all", "last", "every"], int]:
+def _replayed_harvest(config: Config) -> Iterator[str]:
+    wheel, keep = config.flywheel, config.rollout.keep
+    try:
+        kind, number = parse_keep(keep)
+    except ValueError:
+        return
+    if (kind == "last" and number < wheel.max_age) or (kind == "every" and number > 1):
+        yield (
+            f"flywheel.harvest is replay and rollout.keep is {keep}: the rollouts of the last "
+            f"flywheel.max_age {wheel.max_age} steps must still be there; set rollout.keep to all or to last "
+            f"{wheel.max_age}"
+        )
+    if wheel.retrain.method == "sft" and wheel.iterations > 1:
+        yield (
+            "flywheel.harvest is replay and flywheel.retrain.method is sft: from the second iteration on "
+            "there is no RL to take rollouts from; set flywheel.harvest to sample"
+        )
+
+
     """`rollout.keep` as `("all", 1)`, `("last", N)` or `("every", N)`; ValueError for other words."""
     match = re.fullmatch(r"(all)|(last|every) +([1-9][0-9]*)", text.strip())
     if match is None:

@@ -128,3 +128,11 @@ def finish(run_dir: Path, phase: Phase, record: dict[str, Any]) -> None:
 def record_of(run_dir: Path, phase: Phase) -> dict[str, Any]:
     """The record of a finished phase."""
     return json.loads((phase_dir(run_dir, phase) / "phase.json").read_text())
+
+
+def last_steps(run_dir: Path, phases: tuple[Phase, ...], name: str, *, most: int) -> range:
+    """Global steps of the last ``most`` steps of a finished phase."""
+    (phase,) = (phase for phase in phases if phase.name == name)
+    record = record_of(run_dir, phase)
+    end = record["position"]["global_step"]
+    return range(end - min(most, record["steps"]) + 1, end + 1)

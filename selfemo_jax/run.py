@@ -28,9 +28,9 @@ from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
-from selfemo_jax.rollout.stream import Rollouts, sampling_seed
+from selfemo_jax.rollout.stream import Rollouts, rollout_stream, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset
-from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier
+from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier, recorded_turn
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
 from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
@@ -38,6 +38,7 @@ from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
+from selfemo_jax.selfplay.recorded import RecordedTurn
 from selfemo_jax.selfplay.store import Store
 from selfemo_jax.serving import run_engine
 from selfemo_jax.train_step import Steps, TrainState
@@ -181,9 +182,21 @@ class Run:
 
     def turns(self, phase: Phase, *, done: int) -> Iterator[Turn]:
         """The turns of a harvest that are not over after ``done`` steps; each waits for the one before."""
+        if self.config.flywheel.harvest == "replay":
+            recorded = recorded_turn(self.dir, self.plan, phase, self.inputs(phase), self.config)
+            return (turn for turn in (recorded,) if turn.last > done)
         opening = run_inputs.opening_inputs(self.inputs(phase), self.config, seed=self.seed(phase))
         judged = functools.partial(self._records, iteration=phase.iteration)
         return (turn for turn in turns(opening, judged, self.config.flywheel) if turn.last > done)
+
+    def answers(self, phase: Phase, turn: Turn, *, after: int) -> Iterator[tuple[int, Rollouts]]:
+        """The answers to the turn's dialogues, step by step: sampled now, or recorded."""
+        if isinstance(turn, RecordedTurn):
+            return turn.rollouts(self.encode_input, after=after)
+        return rollout_stream(
+            self.engine, turn.batches(self.encode_input, after=after), self.requests_of(phase), self.sampling,
+            first=max(turn.first, after + 1), last=turn.last, ahead=0, max_lost=self.config.rollout.max_lost,
+        )  # fmt: skip
 
     def requests_of(self, phase: Phase) -> Callable[[int, Batch], tuple[Request, ...]]:
         """Requests of a step of the phase, each with its own sampling seed."""

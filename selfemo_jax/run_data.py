@@ -84,7 +84,7 @@ def load_data(config: Config) -> RunData:
     splits = sorted({split for corpus in corpora.values() for split in corpus.splits} - {"train"})
     evaluation = {
         split: {
-            name: build_inputs(corpus.splits[split], corpus.label_set, rule="all")
+            name: build_inputs(_without_themes(corpus.splits[split]), corpus.label_set, rule="all")
             for name, corpus in sorted(corpora.items())
             if split in corpus.splits
         }
@@ -161,6 +161,11 @@ def _without_personas(corpus: Corpus) -> Corpus:
         for split, dialogues in corpus.splits.items()
     }
     return replace(corpus, splits=splits)
+
+
+def _without_themes(dialogues: Iterable[Dialogue]) -> tuple[Dialogue, ...]:
+    """A theme sums up the whole dialogue: with it an input that is scored would tell what is said later."""
+    return tuple(replace(dialogue, theme=None) for dialogue in dialogues)
 
 
 def _training_rule(config: Config) -> str:

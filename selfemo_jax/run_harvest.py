@@ -17,7 +17,7 @@ from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, weights_of
-from selfemo_jax.phases import BASE
+from selfemo_jax.phases import BASE, Phase, last_steps
 from selfemo_jax.rollout.jax_engine import JaxEngine
 from selfemo_jax.run_data import RunData
 from selfemo_jax.runlog import RunLog
@@ -25,6 +25,7 @@ from selfemo_jax.scores import greedy_answers
 from selfemo_jax.selfplay.drift import check_drift, harvest_report
 from selfemo_jax.selfplay.flywheel import Verdict
 from selfemo_jax.selfplay.selection import choose, label_shares
+from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 
 
 class Verifier:
@@ -79,6 +80,25 @@ def open_verifier(parts: Parts, weights: Callable[[str], Params], *, num_classes
 
 
 def close_harvest(
+def recorded_turn(
+    run_dir: Path,
+    plan: tuple[Phase, ...],
+    phase: Phase,
+    inputs: Mapping[str, Sequence[Sample]],
+    config: Config,
+) -> RecordedTurn:
+    """What `flywheel.harvest: replay` judges: the rollouts of the last steps of the RL before a harvest."""
+    wheel = config.flywheel
+    return newest_answers(
+        run_dir,
+        last_steps(run_dir, plan, phase.init, most=wheel.max_age),
+        {sample.id: sample for samples in inputs.values() for sample in samples},
+        max_depth=wheel.max_depth,
+        most=wheel.max_inputs,
+        size=wheel.dialogues_per_step,
+    )
+
+
     records: Sequence[Mapping[str, Any]],
     data: RunData,
     config: Config,

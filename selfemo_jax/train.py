@@ -34,6 +34,7 @@ from collections.abc import Sequence
 
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.pipeline import input_stream
+from selfemo_jax.distributed import LAUNCH_FLAGS
 from selfemo_jax.dry_run import describe
 from selfemo_jax.learn import label_update, rl_update, sft_update
 from selfemo_jax.phases import Phase
@@ -44,14 +45,14 @@ from selfemo_jax.run_open import open_run
 from selfemo_jax.run_resume import Stopped
 from selfemo_jax.scoring import score_groups
 from selfemo_jax.selfplay.flywheel import harvest
-from selfemo_jax.selfplay.play import without_misfits
 from selfemo_jax.train_step import NonFiniteError, learning_rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the plan; returns the exit status (75 after a stop that can be resumed)."""
     try:
-        config, command = load_config(sys.argv[1:] if argv is None else argv, prog="selfemo_jax.train")
+        words = sys.argv[1:] if argv is None else argv
+        config, command = load_config(words, prog="selfemo_jax.train", flags=LAUNCH_FLAGS)
         if command.dry_run:
             describe(config)
             return 0
@@ -122,7 +123,7 @@ def self_grpo(run: Run, phase: Phase) -> None:
     num_inputs = sum(map(len, inputs.values()))
     total = phase.steps or max(1, int(config.rl.epochs * num_inputs / config.rl.prompts_per_step))
     steps = run.steps(config.optim)
-    reference = run.weights(phase.init) if config.loss.kl_coef else None
+    reference = run.reference(phase)
     state, at = run.start(phase, steps, total_steps=total)
     batches = input_stream(
         inputs, run.mixture(inputs), run.encode_input,
@@ -153,18 +154,17 @@ def self_grpo(run: Run, phase: Phase) -> None:
 
 def play(run: Run, phase: Phase) -> None:
     """Self-play and harvest (equations 6 and 7): turn after turn the frozen policy answers every live
-    dialogue; its best answers extend the dialogues and become inputs."""
+    dialogue; its best answers extend the dialogues and become inputs. `flywheel.harvest: replay` judges what
+    RL sampled last instead."""
     config = run.config
     params, at = run.start_frozen(phase)
     # Frozen: a resumed phase samples from the same version as one that was not interrupted.
     version = run.global_step - at.step
     run.refresh(params, version=version)
     index, verify = run.reply_index(), run.verifier()
+    recorded = config.flywheel.harvest == "replay"
     for turn in run.turns(phase, done=at.step):
-        stream = rollout_stream(
-            run.engine, turn.batches(run.encode_input, after=at.step), run.requests_of(phase), run.sampling,
-            first=max(turn.first, at.step + 1), last=turn.last, ahead=0, max_lost=config.rollout.max_lost,
-        )  # fmt: skip
+        stream = run.answers(phase, turn, after=at.step)
         for step, rollouts in run.watch(phase, stream, total=turn.most):
             with run.timer("reward"):
                 scored = score_groups(
@@ -172,11 +172,11 @@ def play(run: Run, phase: Phase) -> None:
                     num_classes=run.data.num_classes, step=1, total_steps=1,
                 )  # fmt: skip
                 candidates = harvest(
-                    scored, config, index, run.data.personas,
-                    iteration=phase.iteration, policy_version=version, verify=verify,
+                    scored, config, index, run.data.personas, iteration=phase.iteration,
+                    policy_version=None if recorded else version, encode=run.encode_input, verify=verify,
                 )  # fmt: skip
-            run.record(rollouts, scored)
-            candidates = without_misfits(candidates, run.encode_input)
+            if not recorded:
+                run.record(rollouts, scored)
             run.end_harvest(phase, step, turn, candidates, scored)
     run.finish(phase, None)
 

@@ -73,7 +73,8 @@ def build_prompt(
 
     style: "full" states every rule and shows an example; "brief" and "dialogue" give the data alone, for
     models that are trained on it. persona False, or none in the sample: a neutral participant ("brief",
-    "dialogue": the name alone). The oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
+    "dialogue": the name alone); False leaves the theme out too, which is made of the dialogue as well. The
+    oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
     ValueError if even the last turn does not fit.
     """
     if style not in STYLES:
@@ -82,7 +83,7 @@ def build_prompt(
         raise ValueError(f"{sample.id}: the history is empty; there is no turn to recognise")
     frame = codec.chat_frame(thinking=thinking)
     traits = _clean(sample.persona or "") if persona else ""
-    theme = _clean(sample.theme or "")
+    theme = _clean(sample.theme or "") if persona else ""
     pieces = {"full": _full_pieces, "brief": _brief_pieces, "dialogue": _dialogue_pieces}[style]
     system, opening, closing = pieces(sample, traits, theme, max_labels, thinking)
     between = frame.between if frame.between is not None else "\n\n"

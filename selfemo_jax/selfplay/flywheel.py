@@ -17,6 +17,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.data.grammar import Answer, acceptable
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import normalise_reply
+from selfemo_jax.rollout.engine import Completion
 from selfemo_jax.scoring import Scored
 from selfemo_jax.selfplay.hygiene import ReplyIndex, text_problem
 
@@ -36,6 +37,10 @@ class Verdict:
 
 Verify = Callable[[Sequence[Sample]], Sequence[Verdict]]
 """A frozen recogniser: new inputs in, one verdict each."""
+Encode = Callable[[Sample], Any]
+"""Makes an input's prompt; ValueError where none can hold it."""
+TOO_LONG = "too_long"
+"""Reason of a reply that no prompt can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +99,27 @@ def harvest(
     personas: Personas,
     *,
     iteration: int,
-    policy_version: int,
+    policy_version: int | None,
+    encode: Encode | None = None,
     verify: Verify | None = None,
 ) -> list[Candidate]:
     """Judge the best rollout of every prompt of a step (method 3.3); accepted replies enter ``index``.
 
-    With ``verify`` an accepted child must also convince a frozen recogniser, all of the step in one call.
+    ``policy_version`` None takes that of each rollout. With ``encode`` a reply that alone fills a prompt is
+    rejected: it could be neither played on nor trained on. With ``verify`` an accepted child must also
+    convince a frozen recogniser, all of the step in one call, after every rule that costs less.
     """
     drafts = [
-        _draft(scored, prompt, config, index, personas, iteration=iteration, policy_version=policy_version)
+        _draft(
+            scored,
+            prompt,
+            config,
+            index,
+            personas,
+            iteration=iteration,
+            policy_version=policy_version,
+            encode=encode,
+        )
         for prompt in range(len(scored.samples))
     ]
     if verify is not None:
@@ -126,10 +143,13 @@ def _draft(
     personas: Personas,
     *,
     iteration: int,
-    policy_version: int,
+    policy_version: int | None,
+    encode: Encode | None,
 ) -> Candidate:
     """The best rollout of a prompt, with its child unless it is rejected by itself."""
     parent, chosen = scored.samples[prompt], best_rollout(scored, prompt)
+    if policy_version is None:
+        policy_version = _version(scored.completions[prompt], chosen)
     if chosen is None:
         return Candidate(
             parent=parent,
@@ -154,6 +174,8 @@ def _draft(
             personas=personas,
             seed=config.seed,
         )
+        if encode is not None and not _fits(child, encode):
+            child, reason = None, TOO_LONG
     return Candidate(
         parent=parent,
         child=child,
@@ -170,6 +192,20 @@ def _draft(
         emotion=dict(answer.emotion),
         declared=dict(answer.self_emotion),
     )
+
+
+def _version(completions: Sequence[Completion], chosen: int | None) -> int:
+    """The newest policy that wrote the chosen completion, or any of the group; 0 for a lost group."""
+    part = completions if chosen is None else [completions[chosen]]
+    return max((version for completion in part for version in completion.policy_versions), default=0)
+
+
+def _fits(sample: Sample, encode: Encode) -> bool:
+    try:
+        encode(sample)
+    except ValueError:
+        return False
+    return True
 
 
 def _verified(drafts: Sequence[Candidate], verify: Verify, config: Config) -> list[Candidate]:

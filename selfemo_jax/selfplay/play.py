@@ -11,7 +11,7 @@ its middle goes on exactly as one that was not.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from selfemo_jax.config import Config, Flywheel
@@ -25,8 +25,6 @@ from selfemo_jax.scoring import Scorer, score_groups
 from selfemo_jax.selfplay.flywheel import Candidate, Personas, harvest
 from selfemo_jax.selfplay.hygiene import ReplyIndex
 
-TOO_LONG = "too_long"
-"""Reason of a reply that no prompt can hold."""
 Encode = Callable[[Sample], tuple[Sample, Prompt]]
 Record = Mapping[str, Any]
 
@@ -103,17 +101,6 @@ def most_steps(live: Sequence[Sample], *, max_depth: int, size: int) -> int:
     )
 
 
-def without_misfits(candidates: Sequence[Candidate], encode: Encode) -> list[Candidate]:
-    """The candidates, those rejected whose reply alone fills a prompt: they could be neither played on nor
-    trained on."""
-    return [
-        replace(candidate, child=None, reason=TOO_LONG)
-        if candidate.child is not None and not _fits(candidate.child, encode)
-        else candidate
-        for candidate in candidates
-    ]
-
-
 def records_of(
     candidates: Sequence[Candidate], turn: Turn, codec: TextCodec, *, style: str
 ) -> list[dict[str, Any]]:
@@ -169,21 +156,13 @@ def play_out(
                 samples, prompts, groups, codec, scorer, config,
                 num_classes=num_classes, step=1, total_steps=1,
             )  # fmt: skip
-            candidates = harvest(scored, config, index, personas, iteration=1, policy_version=0)
-            candidates = without_misfits(candidates, encode)
+            candidates = harvest(
+                scored, config, index, personas, iteration=1, policy_version=0, encode=encode
+            )
             records.extend(records_of(candidates, turn, codec, style=config.output.prompt_style))
             yield turn, candidates
 
 
 def accepted_replies(records: Iterable[Record]) -> Iterator[str]:
-    """The replies that a harvest's judge let pass, in order; those that no prompt could hold are among them,
-    for a resumed harvest must know what an uninterrupted one knows."""
-    return (record["reply"] for record in records if record["accepted"] or record["reason"] == TOO_LONG)
-
-
-def _fits(sample: Sample, encode: Encode) -> bool:
-    try:
-        encode(sample)
-    except ValueError:
-        return False
-    return True
+    """The replies that became turns, in order."""
+    return (record["reply"] for record in records if record["accepted"])

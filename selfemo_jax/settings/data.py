@@ -39,7 +39,7 @@ class DataSection:
     max_items: Count | None = None
     """Training inputs used, chosen by the seed; null: all."""
     persona: bool = True
-    """Tell the responder's persona where one is known."""
+    """Tell the responder's persona and the scene's theme where they are known."""
     shuffle_gold: bool = False
     """Control arm: permute the gold labels among the training inputs."""
     num_workers: Natural = 0

@@ -15,7 +15,8 @@ class Eval:
     max_items: Count = 500
     """Dev inputs per score during training, fixed by the seed."""
     persona: Literal["none", "given"] = "none"
-    """Leave the persona out at evaluation, or give it where the data has one."""
+    """Leave persona and theme out at evaluation, or give them where the data has them or experts made them of
+    each history; the theme of a whole dialogue, which tells what is said later, is never given."""
     batch_rows: Count = 128
     """Prompts decoded at once."""
     final_splits: list[str] = field(default_factory=lambda: ["dev", "test"])

@@ -119,6 +119,11 @@ class Flywheel:
 
     iterations: Natural = 1
     """Rounds of RL, play and harvest before the final RL phase; 0: no self-play."""
+    harvest: Literal["sample", "replay"] = "sample"
+    """What is judged. sample: the frozen policy plays after RL, turn after turn; replay: what RL
+    itself sampled in its last max_age steps, one turn a dialogue, nothing sampled anew."""
+    max_age: Count = 50
+    """Steps of RL whose rollouts a harvest by replay looks at, counted from its end."""
     max_inputs: Count | None = None
     """Inputs that self-play begins from per iteration, chosen by the seed; null: all."""
     dialogues_per_step: Count = 256

@@ -62,7 +62,7 @@ def step(*rows, samples=None) -> Scored:
     )
 
 
-def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS, verify=None):
+def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS, verify=None, encode=None):
     return harvest(
         scored,
         config or settings(),
@@ -70,6 +70,7 @@ def played(scored, *, index=None, iteration=1, config=None, personas=PERSONAS, v
         personas,
         iteration=iteration,
         policy_version=31,
+        encode=encode,
         verify=verify,
     )
 
@@ -288,6 +289,44 @@ def test_the_verifier_rejects_what_it_reads_otherwise_and_its_duplicate_is_free_
     assert [c.reason for c in found] == ["verifier", "accepted", "verifier", "lost"]
     assert [c.select.get("verifier") for c in found] == [0.49, 0.5, 0.0, None]
     assert found[1].child is not None and found[1].child.gold == {"fear": 0.4, "joy": 0.35}
+
+
+def test_the_verifier_is_asked_after_every_rule_that_costs_less():
+    verify, asked = verdicts((1.0, {"fear": 1.0}))
+    short = [
+        "Row to the left now.",
+        "Row " + "incomprehensibilities " * 70,
+        "Joy, joy!",
+        "Then we row, all 3 miles.",
+    ]
+    scored = step(*rows(*short), [(text([("joy", 1.0)], FEAR, "Where is Bo?"), 0.1, 0.0)])
+
+    def encode(child):
+        if len(child.history[-1][1]) > 1000:
+            raise ValueError("too long for a prompt")
+
+    config = settings(flywheel={"hygiene": {"language": None}})
+    found = played(scored, verify=verify, encode=encode, config=config)
+    assert [c.reason for c in found] == ["accepted", "too_long", "label_word", "copy", "low_reward"]
+    assert asked == [["Row to the left now."]]
+    assert found[1].child is None and found[1].reply.startswith("Row incomp")
+
+
+def test_a_reply_that_is_too_long_does_not_make_a_shorter_one_a_duplicate():
+    index = ReplyIndex()
+
+    def encode(child):
+        raise ValueError("too long for a prompt")
+
+    assert [c.reason for c in played(step(*rows(REPLY)), index=index, encode=encode)] == ["too_long"]
+    assert len(index) == 0 and [c.reason for c in played(step(*rows(REPLY)), index=index)] == ["accepted"]
+
+
+def test_without_a_version_each_candidate_has_that_of_its_rollout():
+    scored = step(*rows(REPLY), [("no answer", 0.0, 0.0)], None)
+    found = harvest(scored, settings(), ReplyIndex(), PERSONAS, iteration=1, policy_version=None)
+    assert [c.policy_version for c in found] == [7, 7, 0]
+    assert found[0].child is not None and found[0].child.policy_version == 7
 
 
 def test_in_the_arm_with_verifier_labels_its_answer_is_the_gold():

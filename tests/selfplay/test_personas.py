@@ -5,6 +5,9 @@ import pytest
 from selfemo_jax.data.dialogues import MELD, Dialogue, Turn
 from selfemo_jax.data.inputs import build_inputs
 from selfemo_jax.experts.ask import Answer, ExpertError
+from selfemo_jax.run_data import load_data
+from selfemo_jax.run_inputs import encode_input
+from selfemo_jax.scores import encode_prompt
 from selfemo_jax.selfplay.personas import (
     Piece,
     Scene,
@@ -14,6 +17,7 @@ from selfemo_jax.selfplay.personas import (
     persona_question,
     segments,
 )
+from tests.fabricated import codec, settings
 
 ADA = "Ada seems a brisk, guarded adult who hides worry behind orders and short words."
 BO = "Bo is probably younger, speaks before thinking, and clings to whoever sounds sure."
@@ -177,3 +181,33 @@ def test_an_expert_that_does_not_answer_is_no_missing_persona():
 
     with pytest.raises(ExpertError):
         extract(Down(), PIECES)
+
+
+def shown(sample, config, *, persona: bool) -> str:
+    return codec().decode(encode_prompt(sample, codec(), config, persona=persona).token_ids)
+
+
+@pytest.mark.parametrize("evaluated", ["none", "given"])
+def test_no_theme_of_a_whole_dialogue_is_in_a_prompt_that_is_scored(evaluated):
+    config = settings(
+        data={"sets": ["sample/meld"], "max_prompt": 300},
+        eval={"persona": evaluated},
+        batch={"row_tokens": 512},
+    )
+    data = load_data(config)
+    train = data.all_train()[0]
+    assert train.theme and train.theme in codec().decode(encode_input(train, codec(), config)[1].token_ids)
+    for split in ("dev", "test"):
+        samples = data.split(split)
+        assert samples and all(sample.theme is None for sample in samples)
+    told = [sample for sample in data.split("test") if sample.persona]
+    assert told and (told[0].persona in shown(told[0], config, persona=evaluated == "given")) == (
+        evaluated == "given"
+    )
+
+
+def test_what_is_scored_without_a_persona_is_told_no_theme_either():
+    config = settings(data={"sets": ["sample/meld"], "max_prompt": 300}, batch={"row_tokens": 512})
+    train = load_data(config).all_train()[0]
+    assert train.theme in shown(train, config, persona=True)
+    assert train.theme not in shown(train, config, persona=False)
