@@ -1,7 +1,8 @@
 """Look at the corpora before training on them.
 
     python tools/data.py stats meld emorynlp --root DIR      counts, repairs and warnings of the readers
-    python tools/data.py fetch --root DIR                    which files are there, where the others are
+    python tools/data.py fetch [meld emorynlp] --root DIR    get the public files, each checked by its SHA-256
+    python tools/data.py fetch --list --root DIR             which files are there, where the others come from
     python tools/data.py audit meld emorynlp --root DIR      dialogues that occur in training and evaluation
 
 Without names: every data set found under the root, else the bundled corpora. The root is SELFEMO_DATA if not
@@ -11,7 +12,6 @@ given.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, title
 from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
-from selfemo_jax.data.manifest import SHA256, SOURCES
+from selfemo_jax.data.fetch import fetch_files, files_of, state_of
+from selfemo_jax.data.manifest import SHA256, SOURCES, URLS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,8 +59,14 @@ def add_audit(commands: argparse._SubParsersAction) -> None:
 
 def add_fetch(commands: argparse._SubParsersAction) -> None:
     """The subcommand `fetch`."""
-    parser = commands.add_parser("fetch", help="where the files come from, and which are there")
+    parser = commands.add_parser("fetch", help="get MELD and EmoryNLP from their public homes")
+    parser.add_argument("names", nargs="*", help="meld, emorynlp; default: both")
     parser.add_argument("--root", default=os.environ.get("SELFEMO_DATA"), help="folder above meld/, ...")
+    parser.add_argument("--list", action="store_true", help="only say which files are there; no network")
+    parser.add_argument("--mirror", help="base URL of a copy laid out as below the root; same checksums")
+    parser.add_argument(
+        "--force", action="store_true", help="replace files whose bytes are not the published"
+    )
     parser.set_defaults(run=fetch)
 
 
@@ -107,17 +114,28 @@ def audit(args: argparse.Namespace) -> None:
 
 
 def fetch(args: argparse.Namespace) -> None:
-    """Print each corpus' source and the state of its files under the root. Nothing is downloaded."""
-    root = Path(args.root) if args.root else Path("DIR")
+    """Download what is missing; with --list print each corpus' source and the state of its files."""
+    if args.list:
+        list_files(Path(args.root) if args.root else Path("DIR"))
+        return
+    if not args.root:
+        raise ValueError("fetch: no folder to put the files into; give --root DIR or set SELFEMO_DATA")
+    files, urls = files_of(args.names or ["meld", "emorynlp"]), dict(URLS)
+    if args.mirror:
+        urls = {file: f"{args.mirror.rstrip('/')}/{file}" for file in files}
+    done = fetch_files(files, Path(args.root), urls=urls, force=args.force)
+    print(", ".join(f"{list(done.values()).count(word)} {word}" for word in ("fetched", "kept", "left")))
+    for name in dict.fromkeys(file.split("/")[0] for file in files):
+        print(f"{title(name)}: {SOURCES[name]}")
+    print(f"IEMOCAP: {SOURCES['iemocap']}")
+
+
+def list_files(root: Path) -> None:
+    """Print each corpus' source and the state of its files under the root."""
     for name, source in SOURCES.items():
         print(f"{title(name)}: {source}\n  into {root / name}")
         for file in (file for file in SHA256 if file.startswith(f"{name}/")):
-            path = root / file
-            state = "missing"
-            if path.is_file():
-                same = hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[file]
-                state = "as published" if same else "not the published bytes"
-            print(f"    {path.name:<28}{state}")
+            print(f"    {(root / file).name:<28}{state_of(root / file, SHA256[file])}")
 
 
 def _add_corpora(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,24 @@ SHA256 = {
     "emorynlp/emotion-detection-tst.json": "2da84b0bffbc9da2f3b9de8016c2d3ae5478e6ccb26d473313368373b427dedc",
 }
 
+_MELD = "https://raw.githubusercontent.com/declare-lab/MELD/2d2011b409d3ca2d7e94460cd007d434b1d0a102/data"
+_EMORY = "https://raw.githubusercontent.com/emorynlp/emotion-detection/289b967a34556f0d86b52ea36571c2a0c90740ae/json"
+URLS = {
+    **{
+        f"meld/{split}_sent_emo.csv": f"{_MELD}/MELD/{split}_sent_emo.csv"
+        for split in ("train", "dev", "test")
+    },
+    **{
+        f"emorynlp/emorynlp_{split}_final.csv": f"{_MELD}/emorynlp/emorynlp_{split}_final.csv"
+        for split in ("train", "dev", "test")
+    },
+    **{
+        f"emorynlp/emotion-detection-{split}.json": f"{_EMORY}/emotion-detection-{split}.json"
+        for split in ("dev", "tst")
+    },
+}
+"""File under the root -> where it is public, at the commit whose bytes `SHA256` pins."""
+
 
 def note_digests(notes: Notes) -> None:
     """Warn about each file whose bytes are not the published ones. Files are known by folder and name."""

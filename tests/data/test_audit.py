@@ -277,7 +277,7 @@ def test_tool_prints_stats_and_audit_and_saves_them(tmp_path):
     assert set(json.loads((tmp_path / "audit.json").read_text())["parts"].values()) == {"clean"}
     (tmp_path / "meld").mkdir()
     (tmp_path / "meld" / "dev_sent_emo.csv").write_text("x")
-    fetched = tool("fetch", "--root", str(tmp_path)).stdout.splitlines()
+    fetched = tool("fetch", "--list", "--root", str(tmp_path)).stdout.splitlines()
     states = {line.split()[0]: line.split(maxsplit=1)[1] for line in fetched if line.startswith("    ")}
     assert (
         states["dev_sent_emo.csv"] == "not the published bytes" and states["test_sent_emo.csv"] == "missing"
