@@ -243,6 +243,8 @@ def _flywheel(config: Config) -> Iterator[str]:
             f"flywheel.control is original_only and flywheel.retrain.method is {wheel.retrain.method}, which "
             "learns the harvest's answers; set flywheel.retrain.method to grpo"
         )
+    if wheel.harvest == "replay":
+        yield from _replayed_harvest(config)
     if wheel.verifier.weights == "base" and config.model.path is None:
         yield (
             "flywheel.verifier.weights is base and model.path is null: a policy with random weights "
@@ -255,20 +257,6 @@ def _flywheel(config: Config) -> Iterator[str]:
         )
 
 
-    if wheel.harvest == "replay":
-        yield from _replayed_harvest(config)
-def _logging(config: Config) -> Iterator[str]:
-    for sink in config.log.sinks:
-        if sink not in SINKS:
-            yield f"log.sinks names {sink!r}; expected any of {', '.join(SINKS)}"
-    if config.log.profile_steps is not None:
-        try:
-            parse_steps(config.log.profile_steps)
-        except ValueError as error:
-            yield str(error)
-
-
-def parse_keep(text: str) -> tuple[Literal["all", "last", "every"], int]:
 def _replayed_harvest(config: Config) -> Iterator[str]:
     wheel, keep = config.flywheel, config.rollout.keep
     try:
@@ -288,6 +276,18 @@ def _replayed_harvest(config: Config) -> Iterator[str]:
         )
 
 
+def _logging(config: Config) -> Iterator[str]:
+    for sink in config.log.sinks:
+        if sink not in SINKS:
+            yield f"log.sinks names {sink!r}; expected any of {', '.join(SINKS)}"
+    if config.log.profile_steps is not None:
+        try:
+            parse_steps(config.log.profile_steps)
+        except ValueError as error:
+            yield str(error)
+
+
+def parse_keep(text: str) -> tuple[Literal["all", "last", "every"], int]:
     """`rollout.keep` as `("all", 1)`, `("last", N)` or `("every", N)`; ValueError for other words."""
     match = re.fullmatch(r"(all)|(last|every) +([1-9][0-9]*)", text.strip())
     if match is None:

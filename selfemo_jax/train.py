@@ -34,7 +34,6 @@ from collections.abc import Sequence
 
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.pipeline import input_stream
-from selfemo_jax.distributed import LAUNCH_FLAGS
 from selfemo_jax.dry_run import describe
 from selfemo_jax.learn import label_update, rl_update, sft_update
 from selfemo_jax.phases import Phase
@@ -51,8 +50,7 @@ from selfemo_jax.train_step import NonFiniteError, learning_rate
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the plan; returns the exit status (75 after a stop that can be resumed)."""
     try:
-        words = sys.argv[1:] if argv is None else argv
-        config, command = load_config(words, prog="selfemo_jax.train", flags=LAUNCH_FLAGS)
+        config, command = load_config(sys.argv[1:] if argv is None else argv, prog="selfemo_jax.train")
         if command.dry_run:
             describe(config)
             return 0
@@ -123,7 +121,7 @@ def self_grpo(run: Run, phase: Phase) -> None:
     num_inputs = sum(map(len, inputs.values()))
     total = phase.steps or max(1, int(config.rl.epochs * num_inputs / config.rl.prompts_per_step))
     steps = run.steps(config.optim)
-    reference = run.reference(phase)
+    reference = run.weights(phase.init) if config.loss.kl_coef else None
     state, at = run.start(phase, steps, total_steps=total)
     batches = input_stream(
         inputs, run.mixture(inputs), run.encode_input,
