@@ -24,6 +24,7 @@ from selfemo_jax.runlog import RunLog
 from selfemo_jax.scores import greedy_answers
 from selfemo_jax.selfplay.drift import check_drift, harvest_report
 from selfemo_jax.selfplay.flywheel import Verdict
+from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 from selfemo_jax.selfplay.selection import choose, label_shares
 from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 
@@ -77,6 +78,25 @@ def open_verifier(parts: Parts, weights: Callable[[str], Params], *, num_classes
         return None
     params = weights(name) if name in (BASE, "cold") else weights_of(parts, Path(name))
     return Verifier(params, parts, num_classes=num_classes)
+
+
+def recorded_turn(
+    run_dir: Path,
+    plan: tuple[Phase, ...],
+    phase: Phase,
+    inputs: Mapping[str, Sequence[Sample]],
+    config: Config,
+) -> RecordedTurn:
+    """What `flywheel.harvest: replay` judges: the rollouts of the last steps of the RL before a harvest."""
+    wheel = config.flywheel
+    return newest_answers(
+        run_dir,
+        last_steps(run_dir, plan, phase.init, most=wheel.max_age),
+        {sample.id: sample for samples in inputs.values() for sample in samples},
+        max_depth=wheel.max_depth,
+        most=wheel.max_inputs,
+        size=wheel.dialogues_per_step,
+    )
 
 
 def close_harvest(
