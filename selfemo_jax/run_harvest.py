@@ -26,7 +26,6 @@ from selfemo_jax.selfplay.drift import check_drift, harvest_report
 from selfemo_jax.selfplay.flywheel import Verdict
 from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 from selfemo_jax.selfplay.selection import choose, label_shares
-from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 
 
 class Verifier:
@@ -100,25 +99,6 @@ def recorded_turn(
 
 
 def close_harvest(
-def recorded_turn(
-    run_dir: Path,
-    plan: tuple[Phase, ...],
-    phase: Phase,
-    inputs: Mapping[str, Sequence[Sample]],
-    config: Config,
-) -> RecordedTurn:
-    """What `flywheel.harvest: replay` judges: the rollouts of the last steps of the RL before a harvest."""
-    wheel = config.flywheel
-    return newest_answers(
-        run_dir,
-        last_steps(run_dir, plan, phase.init, most=wheel.max_age),
-        {sample.id: sample for samples in inputs.values() for sample in samples},
-        max_depth=wheel.max_depth,
-        most=wheel.max_inputs,
-        size=wheel.dialogues_per_step,
-    )
-
-
     records: Sequence[Mapping[str, Any]],
     data: RunData,
     config: Config,
