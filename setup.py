@@ -7,6 +7,7 @@ setup(
         *find_namespace_packages(include=["selfemo_jax", "selfemo_jax.*"]),
         "selfemo_jax.configs",
         "selfemo_jax.tools",
+        "selfemo_jax.tools.torch_side",
     ],
     package_dir={"selfemo_jax.configs": "configs", "selfemo_jax.tools": "tools"},
 )

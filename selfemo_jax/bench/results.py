@@ -1,0 +1,211 @@
+"""What a benchmark found, as one JSON object: rows, ratios, growth; and a comparison with an earlier one."""
+
+import dataclasses
+import math
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfemo_jax.bench.contestants import LOSS, OPTIM
+from selfemo_jax.bench.settings import BenchSettings
+from selfemo_jax.model import flops as flop_counts
+
+Row = dict[str, Any]
+FORMAT = 1
+
+
+def measured(phase: str, seconds: Sequence[float], *, tokens: int | None, flops: float | None) -> Row:
+    """Medians and spread of one contestant's timed runs of a phase."""
+    median = statistics.median(seconds)
+    return {
+        "phase": phase,
+        "seconds": list(seconds),
+        "median_s": median,
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "tokens": tokens,
+        "tokens_per_s": None if tokens is None else tokens / median,
+        "flops": flops,
+    }
+
+
+def assemble(
+    settings: BenchSettings,
+    *,
+    rows: list[Row],
+    sides: Mapping[str, Any],
+    left_out: list[Any],
+    unavailable: list[Any],
+    peak: Mapping[str, Any],
+    began: str,
+    load: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole result; each row gains its MFU, and decoding on a GPU its share of the memory floor."""
+    for row in rows:
+        if row["flops"] is not None and row["median_s"] > 0:
+            row["mfu"] = flop_counts.mfu(
+                row["flops"], row["median_s"], peak=peak["flops_per_s"], num_devices=row["devices"]
+            )
+        if row["phase"] == "decode" and "bytes_per_s" in peak:
+            row["floor_share"] = decode_floor(settings, row) / peak["bytes_per_s"] / row["median_s"]
+    commit, dirty = _commit()
+    return {
+        "format": FORMAT,
+        "time": began,
+        "commit": commit,
+        "dirty": dirty,
+        "settings": dataclasses.asdict(settings),
+        "model": dataclasses.asdict(settings.model_config),
+        "objective": {"loss": dataclasses.asdict(LOSS), "optim": dataclasses.asdict(OPTIM)},
+        "sides": dict(sides),
+        "peak": dict(peak),
+        "load": dict(load),
+        "rows": rows,
+        "ratios": ratios(rows),
+        "growth": growth(rows),
+        "left_out": left_out,
+        "unavailable": unavailable,
+    }
+
+
+def decode_floor(settings: BenchSettings, row: Row) -> float:
+    """Bytes that all steps of a decode must read: weights and caches, prompts once for a group."""
+    sizes = dataclasses.replace(settings, **row["point"])
+    total = 0.0
+    for sampled in range(1, sizes.completion):
+        total += flop_counts.decode_bytes(
+            settings.model_config,
+            prompts=[sizes.prompt] * sizes.groups,
+            group_size=sizes.group_size,
+            sampled=float(sampled),
+            itemsize=2 if settings.dtype == "bfloat16" else 4,
+        )
+    return total
+
+
+def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How many times as fast each JAX row is: as PyTorch on the same layout, as the fastest PyTorch, and as
+    TRL; round by round, so that what slows a round slows both."""
+    found = []
+    for ours in rows:
+        if ours["side"] != "jax":
+            continue
+        same = [r for r in rows if (r["phase"], r["point"]) == (ours["phase"], ours["point"])]
+        theirs = sorted((r for r in same if r["side"] == "torch"), key=lambda r: r["median_s"])
+        rivals = {row["label"]: row for row in theirs if row["layout"] == ours["layout"]}
+        rivals |= {row["label"]: row for row in theirs[:1]}
+        rivals |= {row["label"]: row for row in same if row["side"] == "trl"}
+        for label, row in rivals.items():
+            by_round = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=False)]
+            one = {
+                "phase": ours["phase"], "point": ours["point"], "ours": ours["label"], "theirs": label,
+                "median": statistics.median(by_round), "min": min(by_round), "max": max(by_round),
+                "fastest_torch": bool(theirs) and label == theirs[0]["label"],
+            }  # fmt: skip
+            if "cpu_seconds" in ours and "cpu_seconds" in row:
+                cpu = [b / a for a, b in zip(ours["cpu_seconds"], row["cpu_seconds"], strict=False)]
+                one["cpu_median"] = statistics.median(cpu)
+            found.append(one)
+    return found
+
+
+def growth(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Exponent of the cost in each swept setting: the slope of log seconds over log value (1: linear).
+
+    The unswept point belongs to every sweep.
+    """
+    found = []
+    names = sorted({name for row in rows for name in row["point"]})
+    # Not the label: which way of PyTorch was fastest may change along a sweep.
+    lines = sorted({(row["phase"], row["side"], row["layout"]) for row in rows})
+    for name in names:
+        for line in lines:
+            of_line = [r for r in rows if (r["phase"], r["side"], r["layout"]) == line]
+            swept = {r["point"][name]: r["median_s"] for r in of_line if name in r["point"]}
+            base = [r for r in of_line if not r["point"]]
+            if base and swept:
+                swept[base[0]["base"][name]] = base[0]["median_s"]
+            if len(swept) < 2:
+                continue
+            x, y = [math.log(v) for v in swept], [math.log(max(s, 1e-9)) for s in swept.values()]
+            slope = statistics.linear_regression(x, y).slope
+            phase, side, layout = line
+            found.append(
+                {"setting": name, "phase": phase, "side": side, "layout": layout, "exponent": slope,
+                 "seconds": {str(value): swept[value] for value in sorted(swept)}}
+            )  # fmt: skip
+    return found
+
+
+def compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, threshold: float, by: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each row of both with its change (0.1: a tenth slower than before), worst first, and what only the old
+    one has. ``by`` ratio compares how far ahead of the fastest PyTorch JAX is, for results of different or
+    busy machines; seconds and cpu_seconds ask for the same devices. ValueError where the two cannot be
+    compared."""
+    if old.get("format") != FORMAT:
+        raise ValueError(f"--compare: format {old.get('format')!r}; this version writes and reads {FORMAT}")
+    settings_differ = [
+        name
+        for name in ("model", "dtype", "groups", "group_size", "prompt", "completion", "row_tokens", "remat")
+        if old["settings"][name] != new["settings"][name]
+    ]
+    if settings_differ:
+        raise ValueError(f"--compare: the two differ in {', '.join(settings_differ)}; run the same settings")
+    if by != "ratio":
+        for side, found in new["sides"].items():
+            before = old["sides"].get(side, found)
+            mine, theirs = ((one["device"], one["num_devices"], one["cores"]) for one in (found, before))
+            if mine != theirs:
+                raise ValueError(
+                    f"--compare: {side} ran on {theirs}, now on {mine}; use --compare_by ratio, "
+                    "which compares JAX with PyTorch within each result"
+                )
+    before, after = _measures(old, by), _measures(new, by)
+    changes = [
+        {"what": key, "old": before[key], "new": value, "change": value / before[key] - 1.0,
+         "regressed": value / before[key] - 1.0 > threshold}
+        for key, value in after.items() if key in before
+    ]  # fmt: skip
+    missing = [key for key in before if key not in after]
+    return sorted(changes, key=lambda one: -one["change"]), missing
+
+
+def _measures(result: Mapping[str, Any], by: str) -> dict[str, float]:
+    """What is compared, lower is better."""
+    if by == "ratio":
+        return {
+            _name(one["phase"], one["ours"], one["point"]): 1.0 / one["median"]
+            for one in result["ratios"]
+            if one["fastest_torch"]
+        }
+    value: Callable[[Row], Any] = {
+        "seconds": lambda row: row["median_s"],
+        "cpu_seconds": lambda row: statistics.median(row["cpu_seconds"]) if row.get("cpu_seconds") else None,
+    }[by]
+    # The fastest of PyTorch may be another way than before: the seat is what is compared.
+    rows = ((_name(row["phase"], f"{row['side']} {row['layout']}".strip(), row["point"]), value(row))
+            for row in result["rows"])  # fmt: skip
+    return {name: seconds for name, seconds in rows if seconds}
+
+
+def _name(phase: str, who: str, point: Mapping[str, int]) -> str:
+    at = ", ".join(f"{name}={value}" for name, value in point.items())
+    return f"{phase}: {who}" + (f" ({at})" if at else "")
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout, and whether tracked files differ from it; None outside one."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parents[2]
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
