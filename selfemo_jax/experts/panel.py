@@ -21,9 +21,10 @@ from selfemo_jax.experts.ask import (
     Usage,
     question_key,
 )
-from selfemo_jax.experts.cache import AnswerCache, read_answers
+from selfemo_jax.experts.cache import AnswerCache
 from selfemo_jax.experts.http_client import HttpExpert
 from selfemo_jax.experts.policy import PolicyExpert
+from selfemo_jax.experts.replay import ReplayExpert
 from selfemo_jax.settings.experts import Endpoint, Expert
 
 SAY_EVERY = 15.0
@@ -31,26 +32,6 @@ SAY_EVERY = 15.0
 SHOWN_FAILURES = 3
 
 MakePolicy = Callable[[Endpoint, ChatSampling], PolicyExpert]
-
-
-class ReplayExpert:
-    """Answers of a recorded file, for tests and for runs that must repeat."""
-
-    def __init__(self, endpoint: Endpoint, sampling: ChatSampling):
-        assert endpoint.record is not None and endpoint.model is not None
-        self.endpoint, self.model = endpoint, endpoint.model
-        path = Path(endpoint.record)
-        if not path.is_file():
-            raise ValueError(f"expert {endpoint.name}: the recording {path} does not exist")
-        self._sampling = sampling
-        self._answers = {answer.key: answer for answer in read_answers(path)}
-
-    def answer(self, question: Question) -> Answer | None:
-        """What was recorded for the question, with this endpoint's name and at no cost; None if nothing."""
-        found = self._answers.get(question_key(self.model, question, self._sampling))
-        if found is None:
-            return None
-        return Answer.from_json(found.to_json() | {"source": self.endpoint.name, "cost": 0.0})
 
 
 class Panel:

@@ -21,7 +21,10 @@ class Endpoint:
     key_env: str | None = None
     """Environment variable that holds the key; null: no key is sent."""
     record: str | None = None
-    """replay: the file of answers that an earlier run left (its experts.jsonl)."""
+    """replay: the file of answers that an earlier run left (its experts.jsonl), or one written by hand with
+    lines of question and text; sample: answers to inputs of the bundled corpus."""
+    missing: Literal["fail", "refuse"] = "fail"
+    """replay: a question that the file does not hold stops the run, or counts as refused."""
     extra_body: str | None = None
     """A JSON object of further request fields; null as a value takes a field out."""
     price_in: NotNegative = 0.0

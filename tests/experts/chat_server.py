@@ -1,7 +1,7 @@
 """A chat server in a process of its own that answers like an expert and misbehaves on demand.
 
     python tests/experts/chat_server.py --log LOG [--faults 429,500,cut,html,slow] [--key KEY]
-                                        [--delay SECONDS] [--answers FILE]
+                                        [--delay SECONDS] [--answers FILE] [--port PORT]
 
 Prints its port. The n-th prompt that it meets fails in the n-th way of ``--faults`` (over and over) on its
 first request and is answered on its second; "ok" is no fault. LOG gets one JSON line a request: what was
@@ -114,7 +114,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, options: argparse.Namespace):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", options.port), Handler)
         self.options = options
         self.answers = json.loads(Path(options.answers).read_text()) if options.answers else []
         self._faults = [fault for fault in options.faults.split(",") if fault]
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--key", default="")
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--answers")
+    parser.add_argument("--port", type=int, default=0)
     server = Server(parser.parse_args())
     print(server.server_address[1], flush=True)
     server.serve_forever()

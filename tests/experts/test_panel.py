@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -188,7 +189,8 @@ ASK_ALL = """
 import sys
 from tests.experts.test_http_client import endpoint, panel, questions
 from pathlib import Path
-with panel(Path(sys.argv[1]), endpoint(sys.argv[2], concurrency=4), timeout=60.0) as experts:
+more = {"timeout": 60.0, "tries": int(sys.argv[4]) if len(sys.argv) > 4 else 3}
+with panel(Path(sys.argv[1]), endpoint(sys.argv[2], concurrency=4), **more) as experts:
     print(len(experts.ask(questions(int(sys.argv[3])), what="test")), experts.asked)
 """
 
@@ -220,3 +222,63 @@ def test_a_killed_process_goes_on_where_it_was_and_pays_for_nothing_twice(tmp_pa
     # Only the answers that were on their way to a dead process are given again.
     assert 5 <= num_kept < number and sum(before.values()) - num_kept <= 4
     assert sum(Counter(answered(log)).values()) == number + sum(before.values()) - num_kept
+
+
+def killed_after(number: int, log, process) -> None:
+    """Leaves when the server has answered that many questions, or the process that asks has ended."""
+    deadline = time.monotonic() + 60
+    while not log.exists() or len(answered(log)) < number:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def asking(tmp_path, url: str, number: int, tries: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", ASK_ALL, str(tmp_path), url, str(number), str(tries)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_server_that_dies_and_comes_back_is_asked_only_for_the_rest(tmp_path):
+    log, number, port = tmp_path / "log", 30, str(free_port())
+    with serving(log, "--delay", "0.1", "--port", port) as url:
+        process = asking(tmp_path, url, number, tries=60)
+        killed_after(8, log, process)
+    # The server is dead now, with some requests in its hands; who asks does not know.
+    time.sleep(0.5)
+    assert process.poll() is None
+    before = answered(log)
+    with serving(log, "--delay", "0.1", "--port", port):
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert said.split()[-2:] == [str(number), str(number)]
+    cached = [json.loads(line)["key"] for line in (tmp_path / "cache.jsonl").read_text().splitlines()]
+    assert len(cached) == len(set(cached)) == number
+    # Given twice can only be what was on its way when the server died.
+    assert 8 <= len(before) < number
+    assert len(answered(log)) - number <= 4 and len(set(answered(log))) == number
+
+
+def test_a_server_that_stays_dead_costs_only_what_it_did_not_answer(tmp_path):
+    log, number, port = tmp_path / "log", 30, str(free_port())
+    with serving(log, "--delay", "0.1", "--port", port) as url:
+        process = asking(tmp_path, url, number, tries=2)
+        killed_after(8, log, process)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "questions failed one after the other" in errors
+    kept = (tmp_path / "cache.jsonl").read_bytes()
+    num_kept, before = kept.count(b"\n"), len(answered(log))
+    assert 8 <= before < number and before - num_kept <= 4
+    with serving(log, "--port", port):
+        again = asking(tmp_path, url, number, tries=2)
+        said, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, errors
+    assert said.split()[-2:] == [str(number), str(number - num_kept)]
+    assert (tmp_path / "cache.jsonl").read_bytes().startswith(kept)
+    assert len(answered(log)) == before + number - num_kept and len(set(answered(log))) == number
