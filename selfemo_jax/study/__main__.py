@@ -4,15 +4,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from selfemo_jax.study import arms, clusters, compare, curves, learning, persona_rewards, seeds
+from selfemo_jax.study import (
+    arms,
+    clusters,
+    compare,
+    curves,
+    entropy,
+    judge,
+    learning,
+    persona_rewards,
+    replies,
+    seeds,
+)
 
 STUDIES = {
     "arms": (arms, "train every config of a folder with several seeds and print their table"),
     "clusters": (clusters, "cluster persona sentences, name the clusters and draw them"),
     "compare": (compare, "scores of runs with intervals, and paired tests between them"),
     "curves": (curves, "accuracy and IoU over training: rise, roughness, rank correlation"),
+    "entropy": (entropy, "token entropy of the policy over training, and by part of the answer"),
+    "judge": (judge, "blind comparison of two policies' replies by judges and people"),
     "learning": (learning, "train with several seeds and controls, and test whether RL raised greedy r1"),
     "personas": (persona_rewards, "mean reward by persona cluster"),
+    "replies": (replies, "the same inputs answered by two checkpoints"),
     "seeds": (seeds, "train the same settings with several seeds and aggregate their scores"),
 }
 

@@ -4,7 +4,8 @@
 
 An arm is a file; the reference is ``full.yaml``, in the folder or above it, and the table names the keys in
 which an arm differs from it. Runs that are finished are not run again and interrupted ones go on, so the
-command may be stopped and given again.
+command may be stopped and given again. Intervals and paired tests against the reference are those of
+`arm_tests`.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from rich.table import Table
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import read_config
+from selfemo_jax.study import showing
+from selfemo_jax.study.arm_tests import with_tests
 
 REFERENCE = "full"
 OUTSIDE = ("run_dir", "note", "seed")
@@ -95,13 +98,23 @@ def main(args: argparse.Namespace) -> int:
         for arm in arms
     }
     rows = table_rows(arms, outcomes, seconds)
+    runs = {
+        arm.name: {
+            seed: run_dir_of(folder, arm, seed)
+            for seed, outcome in enumerate(outcomes[arm.name])
+            if outcome is not None
+        }
+        for arm in arms
+    }
+    rows, remark = with_tests(rows, runs, split=args.split, reference=REFERENCE)
     notes = [outcome.note for found in outcomes.values() for outcome in found if outcome is not None]
     note = "; ".join(dict.fromkeys(note for note in notes if note))
     title = f"accuracy on {args.split}, {args.seeds} seeds{f' - {note}' if note else ''}"
-    content = {"note": note, "title": title, "arms": rows}
+    content = {"note": note, "title": title, "remark": remark, "arms": rows}
     atomic_write(folder / "arms.json", json.dumps(content, indent=1) + "\n")
     atomic_write(folder / "arms.md", markdown(title, rows))
     console.print(rich_table(title, rows))
+    console.print(remark, highlight=False)
     return 0
 
 
@@ -223,16 +236,18 @@ def described(arm: Arm) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as the table shows it: means with their deviations in one cell."""
+    """A row as the table shows it: means with their deviations or intervals in one cell."""
     shown = {}
     for name, value in row.items():
-        if name.endswith(" sd"):
+        if name.endswith((" sd", " ci")):
             continue
         deviation = row.get(f"{name} sd", "absent")
         if deviation == "absent":
-            text = "-" if value is None else f"{value:+.2f}" if name == "difference" else str(value)
+            text = showing.cell(name, value)
         else:
             text = f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}"
+        if bounds := row.get(f"{name} ci"):
+            text += f" {showing.cell('', bounds)}"
         shown[name] = text
     return shown
 

@@ -6,8 +6,8 @@ From the dev scores that runs log every `eval.every` steps: for each data set gr
 r1 (weighted IoU), and the mean reward r1 of the training rollouts. Of each curve are told the rise (last less
 first), its rank correlation with the step, and its roughness: the standard deviation of the changes from one
 score to the next, divided by the curve's range. A smooth rise of n points has a small roughness; pure noise
-has one of about 0.5. The last score before these phases is the curve's first point. Dev accuracy is set against dev r1 and against the training reward by Spearman's rank
-correlation.
+has one of about 0.5. The last score before these phases is the curve's first point. Dev accuracy is set
+against dev r1 and against the training reward by Spearman's rank correlation.
 """
 
 import argparse
@@ -81,15 +81,18 @@ def main(args: argparse.Namespace) -> int:
 def chosen_lines(
     lines: Sequence[Mapping[str, Any]], phases: Sequence[str] | None, *, where: Path
 ) -> list[Mapping[str, Any]]:
-    """The lines of the named phases, or of those that log a reward and update weights."""
+    """The lines of the named phases, or of those that log a reward and update weights, behind the last dev
+    score before them."""
     known = list(dict.fromkeys(str(line["phase"]) for line in lines))
     if unknown := sorted(set(phases or ()) - set(known)):
         raise ValueError(f"--phases {' '.join(unknown)}: {where} has {', '.join(known)}")
     rl = {line["phase"] for line in lines if "reward/r1" in line and "loss" in line}
-    found = [line for line in lines if line["phase"] in (phases or rl)]
+    chosen = phases or rl
+    found = [line for line in lines if line["phase"] in chosen]
     if not found:
         raise ValueError(f"{where}: no phase of RL among {', '.join(known)}; name phases by --phases")
-    return found
+    before = [line for line in lines if "dev/wf1" in line and line["step"] < found[0]["step"]]
+    return [*before[-1:], *found]
 
 
 def dev_curves(lines: Sequence[Mapping[str, Any]], *, where: Path) -> list[Curve]:
@@ -168,15 +171,7 @@ def agreement(curves: Sequence[Curve], lines: Sequence[Mapping[str, Any]]) -> li
         if near:
             pairs.append((float(np.mean(near)), float(value)))
     correlation, p = spearman(*np.array(pairs).T) if len(pairs) >= 3 else (None, None)
-    rows.append(
-        {
-            "set": "mean",
-            "with": f"training r1 ({WINDOW} steps)",
-            "points": len(pairs),
-            "spearman": correlation,
-            "p": p,
-        }  # fmt: skip
-    )
+    rows.append(_agreement("mean", f"training r1 ({WINDOW} steps)", len(pairs), correlation, p))
     return rows
 
 
@@ -197,10 +192,11 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], *, note: str) -> Non
                 name, _, kind = curve.name.rpartition(" ")
                 if kind == score:
                     label = name if len(curves) == 1 else f"{run}: {name}"
-                    bold = name == "mean"
-                    axes.plot(curve.steps, 100 * curve.values, marker=".", label=label,
-                              linewidth=2.5 if bold else 1, color="black" if bold and len(curves) == 1 else None)  # fmt: skip
-        axes.set(title={"accuracy": "accuracy", "r1": "weighted IoU (r1)"}[score], xlabel="step", ylabel="percent")  # fmt: skip
+                    bold = name == "mean" and len(curves) == 1
+                    style = {"linewidth": 2.5, "color": "black"} if bold else {"linewidth": 1.0}
+                    axes.plot(curve.steps, 100 * curve.values, marker=".", label=label, **style)
+        title = {"accuracy": "accuracy", "r1": "weighted IoU (r1)"}[score]
+        axes.set(title=title, xlabel="step", ylabel="percent")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small", frameon=False)
     showing.save_figure(figure, path)

@@ -48,7 +48,8 @@ class Earned:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``study personas``."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with its rollouts")
-    parser.add_argument("--clusters", type=Path, help="folder of `study clusters`; default: study/ in the first run")  # fmt: skip
+    words = "folder of `study clusters`; default: study/ in the first run"
+    parser.add_argument("--clusters", type=Path, help=words)
     parser.add_argument("--last", type=int, default=20, help="RL steps at the end of the run that count")
     parser.add_argument("--most", type=int, default=5, help="clusters of the table, the most frequent first")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="bootstrap samples")
@@ -63,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
     rows, told = [], []
     for run_dir, name in zip(args.runs, short_names(args.runs), strict=True):
         earned = rewards_of(run_dir, clusters, last=args.last)
-        rows += [{"run": name} | row for row in cluster_rows(earned, clusters, most=args.most, num=args.samples)]  # fmt: skip
+        found = cluster_rows(earned, clusters, most=args.most, num=args.samples)
+        rows += [{"run": name} | row for row in found]
         if not persona_told(run_dir):
             told.append(f"{name}: its policy was not told the personas (data.persona is false)")
     note = joined_notes([run_note(run_dir) for run_dir in args.runs])

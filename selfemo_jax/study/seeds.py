@@ -2,7 +2,7 @@
 
     python -m selfemo_jax.study seeds --n 3 [--out DIR] [train flags]
 
-Every flag that is not one of the study goes to `selfemo_jax.train`, as ``--config FILE`` or ``--rl.steps 80``.
+Every flag that is not the study's goes to `selfemo_jax.train`, as ``--config FILE`` or ``--rl.steps 80``.
 Finished runs are not run again and interrupted ones go on, so the command may be stopped and given again;
 with other train flags than the runs were made with it refuses. Each score gets its mean and standard
 deviation over seeds, the interval of Student's t over seeds (dialogues held fixed), and a bootstrap interval
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--split", default="test", help="split of the table")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="bootstrap samples")
-    parser.add_argument("--only_aggregate", action="store_true", help="train nothing; aggregate finished runs")  # fmt: skip
+    parser.add_argument(
+        "--only-aggregate", action="store_true", help="train nothing, aggregate what is there"
+    )
 
 
 def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
