@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import config_folder
+from selfemo_jax.model.adapters import is_adapted, split
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.model.weights import PARAMS_NAME
@@ -53,7 +54,7 @@ class StateStore:
         change."""
         items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta)}
         if state is not None:
-            items["state"] = ocp.args.StandardSave(state)
+            items["state"] = ocp.args.StandardSave(_without_base(state))
         self._manager.save(global_step, args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
@@ -66,12 +67,15 @@ class StateStore:
         return restored["meta"]
 
     def restore(self, global_step: int, like: TrainState) -> TrainState:
-        """The arrays of a state, laid out as ``like`` (arrays or `jax.ShapeDtypeStruct` with shardings)."""
+        """The arrays of a state, laid out as ``like`` (arrays or `jax.ShapeDtypeStruct` with shardings); the
+        frozen base of adapters is that of ``like``."""
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            _without_base(like),
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(global_step, args=args)["state"]
+        restored = self._manager.restore(global_step, args=args)["state"]
+        return restored.replace(params={**like.params, **restored.params})
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
@@ -81,6 +85,11 @@ class StateStore:
         """Finish the last write; its error, if any, is raised."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _without_base(state: TrainState) -> TrainState:
+    """The state as it is saved: of a policy with adapters those alone, as the base never changes."""
+    return state.replace(params=split(state.params)[0]) if is_adapted(state.params) else state
 
 
 def save_weights(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from selfemo_jax.settings.data import DataSection, OutputSection
 from selfemo_jax.settings.experts import Expert, Persona
-from selfemo_jax.settings.model import Batch, ModelSection, Optim
+from selfemo_jax.settings.model import Batch, Lora, ModelSection, Optim
 from selfemo_jax.settings.numbers import Natural, Positive
 from selfemo_jax.settings.objective import RL, Advantages, Loss, Reward
 from selfemo_jax.settings.record import Checkpoint, Eval, Log
@@ -45,6 +45,7 @@ class Config:
     advantages: Advantages = field(default_factory=Advantages)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
+    lora: Lora = field(default_factory=Lora)
     rl: RL = field(default_factory=RL)
     batch: Batch = field(default_factory=Batch)
     rollout: Rollout = field(default_factory=Rollout)

@@ -23,6 +23,7 @@ def validate(config: Config, *, where: str = "settings") -> None:
         *_data(config),
         *_objective(config),
         *_sampling(config),
+        *_lora(config),
         *_phases(config),
         *expert_problems(config.expert, config.persona, config.cold_start),
         *_flywheel(config),
@@ -206,6 +207,17 @@ def _sidecar(config: Config) -> Iterator[str]:
             )
 
 
+def _lora(config: Config) -> Iterator[str]:
+    lora, freeze = config.lora, config.model.freeze
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        yield f"lora.targets is {lora.targets}; expected one or more matrices, each once"
+    if lora.rank and (freeze.embeddings or freeze.layers):
+        yield (
+            f"lora.rank is {lora.rank} and model.freeze names weights: with adapters all of the base is "
+            "frozen; leave model.freeze out, and name in lora.targets what has an adapter"
+        )
+
+
 def _phases(config: Config) -> Iterator[str]:
     retrain = config.flywheel.retrain
     if config.model.path is None and retrain.init == "base":
@@ -298,8 +310,8 @@ def parse_keep(text: str) -> tuple[Literal["all", "last", "every"], int]:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """First and last step of `log.profile_steps`: `"5"` is (5, 5), `"5-7"` is (5, 7)."""
-    match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", text)
+    """First and last step of `log.profile_steps`: `"5"` is (5, 5), `"5:7"` and `"5-7"` are (5, 7)."""
+    match = re.fullmatch(r"\s*([0-9]+)(?:\s*[:-]\s*([0-9]+))?\s*", text)
     if match is None or int(match[2] or match[1]) < int(match[1]):
-        raise ValueError(f"log.profile_steps is {text!r}; expected FIRST or FIRST-LAST, as in 10-12")
+        raise ValueError(f"log.profile_steps is {text!r}; expected FIRST or FIRST:LAST, as in 10:12")
     return int(match[1]), int(match[2] or match[1])

@@ -96,14 +96,20 @@ def base_weights(parts: Parts) -> Params:
     """The policy before any training, each device holding its own part: loaded, or drawn from the seed."""
     config = parts.config
     if config.model.path is None:
-        return born_sharded(parts.model, parts.mesh, seed=config.seed, dtype=config.model.param_dtype)
+        return born_sharded(parts.model, parts.mesh, seed=config.seed, dtype=weights_dtype(config))
     return weights_of(parts, Path(config.model.path))
 
 
 def weights_of(parts: Parts, folder: Path) -> Params:
     """The weights of a folder in the run's type and layout."""
     shardings = param_shardings(parts.model, parts.mesh)
-    return load_params(folder, dtype=parts.config.model.param_dtype, shardings=shardings)
+    return load_params(folder, dtype=weights_dtype(parts.config), shardings=shardings)
+
+
+def weights_dtype(config: Config) -> str:
+    """The type of whole weights: with adapters that of their base, which no update changes."""
+    kept = config.lora.base_dtype if config.lora.rank else None
+    return kept or config.model.param_dtype
 
 
 def compile_steps(parts: Parts, optim: Optim, *, labels: LabelTable | None = None) -> Steps:
@@ -118,6 +124,7 @@ def compile_steps(parts: Parts, optim: Optim, *, labels: LabelTable | None = Non
         temperature=config.rollout.temperature,
         logits_budget_mib=config.model.logits_budget_mib,
         freeze=config.model.freeze,
+        lora=config.lora,
         labels=labels,
     )
 

@@ -22,8 +22,9 @@ from selfemo_jax.config import Config, Optim
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.lengths import report_lengths
+from selfemo_jax.model.adapters import base_of
 from selfemo_jax.model.decoder import Params
-from selfemo_jax.parts import Parts, compile_steps, weights_of
+from selfemo_jax.parts import Parts, base_weights, compile_steps, weights_of
 from selfemo_jax.phases import Phase, Position
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
@@ -33,7 +34,7 @@ from selfemo_jax.run_data import RunData, fixed_subset
 from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier, recorded_turn
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
-from selfemo_jax.run_weights import save_policy, weights_folder, weights_named
+from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
@@ -66,6 +67,7 @@ class Run:
         self._best: dict[str, Any] | None = None
         self._resumed: tuple[int, dict[str, Any]] | None = None
         self._steps: dict[Optim, Steps] = {}
+        self._base: Params | None = None
         self._started, self._step_started = time.monotonic(), time.perf_counter()
         self._first_of_phase = True
         self._item: tuple[int, Any] = (0, None)
@@ -138,8 +140,20 @@ class Run:
     # Weights, compiled functions, inputs
 
     def weights(self, name: str) -> Params:
-        """The weights that a finished phase left, or the base policy's."""
-        return weights_named(name, self.parts, self.plan, self.dir)
+        """The weights that a finished phase left, or the base policy's; with adapters one base for all."""
+        if not self.config.lora.rank:
+            return weights_named(name, self.parts, self.plan, self.dir)
+        if self._base is None:
+            self._base = base_weights(self.parts)
+        return adapted_weights(name, self._base, self.parts, self.plan, self.dir)
+
+    def reference(self, phase: Phase) -> Params | None:
+        """The frozen policy that the phase is held to, None without a KL term. With adapters it is a matter
+        of other adapters, or of none: no second copy."""
+        if not self.config.loss.kl_coef:
+            return None
+        found = self.weights(phase.init)
+        return base_of(found) if phase.init == plans.BASE else found
 
     def steps(self, optim: Optim) -> Steps:
         """Compiled functions for an optimizer's settings, made once in a process."""

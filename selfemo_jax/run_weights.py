@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
 from selfemo_jax import phases as plans
 from selfemo_jax.checkpoint import save_weights
+from selfemo_jax.lora import read_adapters, write_adapters
+from selfemo_jax.model.adapters import LORA, adapted, init_adapters, is_adapted, merged
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, base_weights, weights_of
 from selfemo_jax.phases import Phase
+
+ADAPTERS = "adapter"
+"""Folder of a policy's adapters inside that of its merged weights."""
 
 
 def weights_folder(run_dir: Path, phase: Phase) -> Path:
@@ -22,10 +31,32 @@ def weights_named(name: str, parts: Parts, plan: tuple[Phase, ...], run_dir: Pat
     return weights_of(parts, weights_folder(run_dir, phase))
 
 
+def adapted_weights(name: str, base: Params, parts: Parts, plan: tuple[Phase, ...], run_dir: Path) -> Params:
+    """The base with the adapters that the finished phase of that name left, or with new ones, which change
+    nothing yet. The base's arrays are shared; adapters are whole on each device."""
+    lora, dtype = parts.config.lora, parts.config.model.param_dtype
+    whole = NamedSharding(parts.mesh, PartitionSpec())
+    if name == plans.BASE:
+        key = jax.random.fold_in(jax.random.key(parts.config.seed), 1)
+        adapters = init_adapters(parts.model, key, rank=lora.rank, targets=lora.targets, dtype=dtype)
+    else:
+        phase = next(phase for phase in plan if phase.name == name)
+        adapters = read_adapters(weights_folder(run_dir, phase) / ADAPTERS, parts.model, lora)
+        adapters = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), adapters)
+    scale = jnp.float32(lora.alpha / lora.rank)
+    return adapted(base, jax.device_put(adapters, whole), scale=jax.device_put(scale, whole))
+
+
 def save_policy(folder: Path, params: Params, parts: Parts, *, phase: Phase, global_step: int) -> None:
-    """Write a policy as a converted folder whose certificate says where in the run it was made."""
+    """Write a policy as a converted folder whose certificate says where in the run it was made; one with
+    adapters merged, and the adapters beside it."""
     certificate = {
         "source": {"kind": "trained", "phase": phase.name, "global_step": global_step},
         **({"note": parts.note} if parts.note else {}),
     }
-    save_weights(folder, params, parts.model, tokenizer=parts.tokenizer_folder, certificate=certificate)
+    save_weights(
+        folder, merged(params), parts.model, tokenizer=parts.tokenizer_folder, certificate=certificate
+    )
+    if is_adapted(params):
+        config = parts.config
+        write_adapters(folder / ADAPTERS, params[LORA], config.lora, base=config.model.path)

@@ -121,7 +121,7 @@ def self_grpo(run: Run, phase: Phase) -> None:
     num_inputs = sum(map(len, inputs.values()))
     total = phase.steps or max(1, int(config.rl.epochs * num_inputs / config.rl.prompts_per_step))
     steps = run.steps(config.optim)
-    reference = run.weights(phase.init) if config.loss.kl_coef else None
+    reference = run.reference(phase)
     state, at = run.start(phase, steps, total_steps=total)
     batches = input_stream(
         inputs, run.mixture(inputs), run.encode_input,

@@ -22,6 +22,7 @@ from selfemo_jax.algo.losses import largest_gap, policy_loss, rollout_gap, sft_l
 from selfemo_jax.config import Loss, Optim
 from selfemo_jax.data.batching import PackedBatch, micro_batches
 from selfemo_jax.data.label_rows import LabelTable
+from selfemo_jax.model import adapters
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
     Compute,
@@ -34,7 +35,7 @@ from selfemo_jax.model.decoder import (
 )
 from selfemo_jax.model.freeze import check_frozen, join, put_back, split, split_spec
 from selfemo_jax.model.sharding import batch_sharding, param_shardings
-from selfemo_jax.settings.model import Freeze
+from selfemo_jax.settings.model import Freeze, Lora
 
 Sums = dict[str, jax.Array]
 """Metric name -> ``[2]``: a sum and what it is divided by in the end, float32; by nothing where that is 0.
@@ -116,9 +117,16 @@ def born_sharded(model: ModelConfig, mesh: Mesh, *, seed: int, dtype: str) -> Pa
 
 
 def device_batch(batch: PackedBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch on the mesh, rows split over the data axes."""
+    """The batch on the mesh, rows split over the data axes; of several processes each holds the whole batch
+    and gives its own devices their rows."""
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return jax.device_put(arrays, batch_sharding(mesh, ndim=2))
+    sharding = batch_sharding(mesh, ndim=2)
+    if sharding.is_fully_addressable:
+        return jax.device_put(arrays, sharding)
+    return {
+        name: jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+        for name, values in arrays.items()
+    }
 
 
 def make_steps(
@@ -131,20 +139,29 @@ def make_steps(
     temperature: float,
     logits_budget_mib: int,
     freeze: Freeze | None = None,
+    lora: Lora | None = None,
     labels: LabelTable | None = None,
 ) -> Steps:
     """Compile-once functions of a phase. ``temperature`` is the sampler's; SFT uses 1.
 
     The logits budget is that of one device: its rows' float32 logits above it are computed in chunks.
-    ``freeze`` names what has no gradient and no moments; ``labels`` are what rows of labels choose among.
+    ``freeze`` names what has no gradient and no moments; ``lora`` with a rank takes policies with adapters
+    (`model/adapters.py`) and trains those alone; ``labels`` are what rows of labels choose among.
     """
     freeze = Freeze() if freeze is None else freeze
     labels = LabelTable(names=(), token_ids=(), sets=()) if labels is None else labels
     check_frozen(model, layers=freeze.layers)
+    with_adapters = lora is not None and lora.rank > 0
     parted = functools.partial(split, embeddings=freeze.embeddings, layers=freeze.layers)
+    joined = join
     weights = param_shardings(model, mesh)
     trained_weights = split_spec(weights, embeddings=freeze.embeddings)
     whole = NamedSharding(mesh, PartitionSpec())
+    abstract_weights, _ = abstract_params(model, dtype="float32")
+    if with_adapters:
+        parted, joined = adapters.split, adapters.join
+        abstract_weights = adapters.abstract(model, abstract_weights, rank=lora.rank, targets=lora.targets)
+        trained_weights = jax.tree.map(lambda _: whole, parted(abstract_weights)[0])
     hidden_sharding = batch_sharding(mesh, ndim=3)
     num_row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     budget = logits_budget_mib * 2**20 * num_row_shards
@@ -223,7 +240,7 @@ def make_steps(
         trained, frozen = parted(params)
 
         def whole(trained, batch):
-            return objective(join(trained, frozen), batch)
+            return objective(joined(trained, frozen), batch)
 
         (_, sums), gradients = jax.value_and_grad(whole, has_aux=True)(trained, batch)
         together = Accumulator(gradients=gradients, sums=sums)
@@ -251,19 +268,25 @@ def make_steps(
     def apply(state: TrainState, accumulator: Accumulator, rate):
         norm = optax.tree.norm(accumulator.gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulator.sums["loss"][0])
-        trained, _ = parted(state.params)
+        trained = state.params if with_adapters else parted(state.params)[0]
         updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, trained)
         trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
-        params = put_back(state.params, trained, layers=freeze.layers)
+        params = trained if with_adapters else put_back(state.params, trained, layers=freeze.layers)
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         return kept, {"grad_norm": norm, "finite": finite}
 
-    @jax.jit
+    def apply_to_adapters(state: TrainState, accumulator: Accumulator, rate):
+        """The base is neither given away nor copied: it is also the reference policy."""
+        trained, base = parted(state.params)
+        stepped, checks = apply(state.replace(params=trained), accumulator, rate)
+        return stepped.replace(params={**base, **stepped.params}), checks
+
+    @functools.partial(jax.jit, out_shardings=whole)  # Every process reads all rows.
     def logprobs(params, batch):
         return batch_logprobs(params, batch, temperature)[0]
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)  # Every process reads all rows.
     def label_choices(params, batch):
         return jnp.argmax(label_scores(params, batch), axis=-1).astype(jnp.int32)
 
@@ -283,7 +306,6 @@ def make_steps(
         field.name: jax.ShapeDtypeStruct((num_row_shards, 16), jnp.int32 if i < 5 else jnp.float32)
         for i, field in enumerate(fields(PackedBatch))
     }
-    abstract_weights, _ = abstract_params(model, dtype="float32")
     abstract_gradients, _ = jax.eval_shape(parted, abstract_weights)
 
     def empty(objective) -> Callable[[], Accumulator]:
@@ -309,7 +331,7 @@ def make_steps(
         sft_gradients=sft_gradients,
         rl_gradients=rl_gradients,
         label_gradients=label_gradients,
-        apply=apply,
+        apply=apply_to_adapters if with_adapters else apply,
         logprobs=logprobs,
         label_choices=label_choices,
     )

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from selfemo_jax.model.adapters import block_weights, plus_low_rank
 from selfemo_jax.model.attention import choose_backend, packed_attention
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.linear import PRODUCT, matmul, rms_norm
@@ -159,7 +160,8 @@ def layer_qkv(
     projected = []
     for name in ("q", "k", "v"):
         weight = layer[name]
-        heads = matmul(normed, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:-1], *weight.shape[1:])
+        flat = matmul(normed, weight.reshape(weight.shape[0], -1))
+        heads = plus_low_rank(flat, layer, name, normed).reshape(*x.shape[:-1], *weight.shape[1:])
         if config.attention_bias:
             heads = heads + jnp.broadcast_to(layer[f"{name}_bias"], heads.shape)
         projected.append(heads)
@@ -175,13 +177,15 @@ def layer_output(
 ) -> Float[Array, "B T D"]:
     """Output projection of the attended heads and the gated MLP, each added to the residual stream."""
     weight = layer["o"]
-    mixed = matmul(attended.reshape(*x.shape[:-1], -1), weight.reshape(-1, weight.shape[-1]))
+    attended = attended.reshape(*x.shape[:-1], -1)
+    mixed = plus_low_rank(matmul(attended, weight.reshape(-1, weight.shape[-1])), layer, "o", attended)
     if config.attention_bias:
         mixed = mixed + jnp.broadcast_to(layer["o_bias"], mixed.shape)
     x = x + mixed
     normed = rms_norm(x, layer["mlp_norm"], eps=config.norm_eps)
-    gated = jax.nn.silu(matmul(normed, layer["gate"])) * matmul(normed, layer["up"])
-    return x + matmul(gated, layer["down"])
+    gate = plus_low_rank(matmul(normed, layer["gate"]), layer, "gate", normed)
+    gated = jax.nn.silu(gate) * plus_low_rank(matmul(normed, layer["up"]), layer, "up", normed)
+    return x + plus_low_rank(matmul(gated, layer["down"]), layer, "down", gated)
 
 
 def embed_tokens(
@@ -251,7 +255,7 @@ def forward(
         # No gradient enters from above, so the backward pass ends here and keeps nothing of these blocks.
         x, _ = lax.scan(block, x, params[LOWER])
         x = lax.stop_gradient(x)
-    x, _ = lax.scan(block, x, params["layers"])
+    x, _ = lax.scan(block, x, block_weights(params))
     return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
 
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from selfemo_jax.algo.sampling import sample
+from selfemo_jax.model.adapters import merge
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
     Compute,
@@ -104,7 +105,9 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
 
 
 def stack_layers(params: Params, *, config: ModelConfig, compute: Compute, unroll: bool) -> Params:
-    """A copy of the weights in the compute dtype, cut into stacks, never the same buffers as ``params``."""
+    """A copy of the weights in the compute dtype, cut into stacks, never the same buffers as ``params``;
+    adapters are merged."""
+    params = merge(params, dtype="float32")
 
     def cast(x):
         return jnp.array(x, dtype=compute.dtype, copy=True)

@@ -38,6 +38,23 @@ class Freeze:
     """The first blocks, this many."""
 
 
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv:2106.09685): the base stays frozen, without gradients or moments."""
+
+    rank: Natural = 0
+    """Inner size of the adapters; 0: none, every weight is trained."""
+    alpha: Positive = 32.0
+    """Adapters act times alpha / rank."""
+    targets: list[Target] = field(default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"])
+    """Which matrices of each block have one."""
+    base_dtype: DType | None = None
+    """Type in which the frozen base is kept; null: model.param_dtype. bfloat16 halves the largest part."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """Which policy, and in which numbers it computes."""
