@@ -21,6 +21,7 @@ from selfemo_jax.config_check import validate
 __all__ = ["Command", "Flag", "config_folder", "load_config", "parse_config", "read_config", "to_yaml"]
 
 COMMAND_LINE = "command line"
+SHORT = {"profile_steps": "log.profile_steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +332,7 @@ def _split_command_line(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple
     tokens = iter(argv)
     for token in tokens:
         name, equals, value = token[2:].partition("=")
+        name = SHORT.get(name, name)
         if not token.startswith("--") or token == "--" or (equals and name in own) or name in switches:
             words.append(token)
             continue

@@ -285,7 +285,7 @@ def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
         ("time_limit", 0.0, "above 0"),
         ("rollout.keep", "first 3", "expected all, last N or every N"),
         ("log.sinks", ["csv"], "expected any of tensorboard, wandb, mlflow"),
-        ("log.profile_steps", "9-7", "expected FIRST or FIRST-LAST"),
+        ("log.profile_steps", "9:7", "expected FIRST or FIRST:LAST"),
         ("reward.function", "mine", "package.module:function"),
         ("data.sets", [], "data.sets is empty"),
         ("data.sets", ["meld", "meld"], "named twice"),
