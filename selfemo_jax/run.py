@@ -26,6 +26,7 @@ from selfemo_jax.model.adapters import base_of
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, base_weights, compile_steps, weights_of
 from selfemo_jax.phases import Phase, Position
+from selfemo_jax.profiling import StepProfiler
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
@@ -72,6 +73,7 @@ class Run:
         self._first_of_phase = True
         self._item: tuple[int, Any] = (0, None)
         self._compiles = CompileCounter()
+        self._profiler = StepProfiler(config.log.profile_steps, self.dir / "profile")
         self._flywheel = Store(self.dir / "flywheel.jsonl")
         self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"
@@ -240,6 +242,7 @@ class Run:
         with self.log.phase(phase.name, total=self._total, done=self._phase_step):
             while True:
                 self._step_started = time.perf_counter()
+                self._profiler.begin(self.global_step + 1)
                 try:
                     with self.timer(waited):
                         item = next(iterator)
@@ -316,6 +319,8 @@ class Run:
     ) -> None:
         self._phase_step = step
         seconds = time.perf_counter() - self._step_started
+        if folder := self._profiler.end(self.global_step, state):
+            self.log.say(f"profile of step {self.global_step} and before: {folder}")
         tokens = metrics.get("batch/tokens", 0.0)
         speed = {"time/step": seconds, "perf/tokens_per_s": tokens / seconds} | self._compiles.take()
         speed |= getattr(self.engine, "take_metrics", dict)()
@@ -402,6 +407,7 @@ class Run:
     def close(self) -> None:
         """Finish the last write and release files and devices; errors of the write are raised."""
         self._compiles.close()
+        self._profiler.close()
         self._flywheel.close()
         self._of_phase.close()
         self.engine.close()

@@ -42,4 +42,5 @@ class Log:
     sinks: list[str] = field(default_factory=list)
     """Any of tensorboard, wandb, mlflow."""
     profile_steps: str | None = None
-    """Global steps recorded by the JAX profiler, as FIRST or FIRST-LAST."""
+    """Global steps recorded by the JAX profiler into the run's folder profile, as FIRST or FIRST:LAST (also
+    --profile_steps)."""
