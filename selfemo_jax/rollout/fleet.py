@@ -112,6 +112,7 @@ class Fleet:
         limits = {
             "request_timeout": self._settings.request_timeout,
             "refresh_timeout": self._settings.refresh_timeout,
+            "health_timeout": self._settings.health_timeout,
         }
         self.servers = tuple(Server(url, self._processes.key, **limits) for url in self._processes.urls)
         # Threads may still wait on the clients before; all are closed in the end.

@@ -1,8 +1,8 @@
 """Versions of the policy on disk, for the servers that sample from it.
 
-A version is a folder `<root>/<version>/` with `params/`, an Orbax checkpoint of the parameter tree (OCDBT,
-zarr3, one layer a chunk, written with tensorstore), and `manifest.json`, which says where each Hugging Face
-tensor lies in it and gives a digest of every file and tensor. The folder is written aside, fsynced and
+A version is a folder `<root>/<version>/` with `params/`, an Orbax checkpoint of the parameter tree (zarr3,
+one file an array, one layer a chunk: `shard_file.py`), and `manifest.json`, which says where each Hugging
+Face tensor lies in it and gives a digest of every file and tensor. The folder is written aside, fsynced and
 renamed; the rename of the manifest is the commit point. Versions count publications, so no path is used
 twice; the trainer's own step is the manifest's `source_step`.
 """
@@ -24,20 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selfemo_jax.model.adapters import LORA, SCALE, adapted, base_of, is_adapted, merge
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.model.hf_table import Rule, active_rules, flatten, hf_slots, to_hf_layout
-from selfemo_jax.model.orbax_io import METADATA_NAME, shard_shape, write_metadata
+from selfemo_jax.model.orbax_io import shard_shape, write_metadata
 from selfemo_jax.model.safetensors_io import TensorInfo, write_header
 from selfemo_jax.model.weights import as_bytes
+from selfemo_jax.rollout.shard_file import ALGORITHM, write_sharded
 
 FORMAT = "selfemo_jax.weights/1"
 MANIFEST = "manifest.json"
 SAFETENSORS = "model.safetensors"
-_DIGEST = "blake2b-16"
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _SHORT = {"float32": "F32", "bfloat16": "BF16"}
-_FILE_BYTES = 256 * 2**20
 _READ_BYTES = 4 * 2**20
 
 
@@ -57,14 +57,37 @@ class Published:
 
 
 def snapshot(params: Params, *, dtype: str) -> Params:
-    """A copy in the serving type, each device holding what it held: the trainer may donate its own
-    arrays."""
+    """A copy in the serving type, adapters merged, each device holding what it held: the trainer may donate
+    its own arrays."""
 
     def copy(leaf):
         return jnp.array(leaf, dtype=dtype, copy=True)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.Array) else None, params)
-    return jax.jit(lambda tree: jax.tree.map(copy, tree), out_shardings=shardings)(params)
+    plain = base_of(params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.Array) else None, plain)
+    return jax.jit(lambda tree: jax.tree.map(copy, merge(tree, dtype=dtype)), out_shardings=shardings)(params)
+
+
+def remembered(params: Params, fresh: Params) -> Params:
+    """What tells a served policy from the next: its `snapshot` ``fresh``, or with adapters a copy of those
+    (the trainer's next update takes its own away) beside the base, which is shared."""
+    if not is_adapted(params):
+        return fresh
+    return adapted(base_of(params), jax.tree.map(jnp.copy, params[LORA]), scale=params[SCALE])
+
+
+def is_same(a: Params, b: Params) -> bool:
+    """Whether two remembered policies are equal to the last bit."""
+    if is_adapted(a) != is_adapted(b):
+        return False
+    if is_adapted(a) and a["embed"] is b["embed"]:
+        a, b = a[LORA], b[LORA]
+    return bool(_all_equal(a, b))
+
+
+@jax.jit
+def _all_equal(a: Params, b: Params) -> jax.Array:
+    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.all(x == y), a, b))).all()
 
 
 def served_config(model: ModelConfig, *, dtype: str) -> dict[str, Any]:
@@ -121,6 +144,7 @@ class Publisher:
             ) from None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="digest")
+        self._disk = ThreadPoolExecutor(2, thread_name_prefix="fsync")
         found = [int(name) for name, _ in self._versions()]
         self._next = max(found, default=-1) + 1
         self.clean(protect=())
@@ -157,6 +181,7 @@ class Publisher:
         """Finish what is being written."""
         self._writer.shutdown()
         self._pool.shutdown()
+        self._disk.shutdown()
         os.close(self._lock)
 
     def _versions(self) -> list[tuple[str, Path]]:
@@ -194,11 +219,13 @@ class Publisher:
             digests = self._write_safetensors(part, leaves)
             # Such a tensor lies under its own name, as Hugging Face has it.
             table = {n: row | dict.fromkeys(("array", "index", "transpose")) for n, row in table.items()}
+            known: dict[Path, tuple[int, str]] = {}
         else:
-            digests = self._write_arrays(part / "params", leaves)
+            digests, known = self._write_arrays(part / "params", leaves)
         written = time.perf_counter()
         files = sorted(path for path in part.rglob("*") if path.is_file())
-        entries = dict(zip(files, self._pool.map(_file_entry, files), strict=True))
+        rest = [path for path in files if path not in known]
+        known |= dict(zip(rest, self._pool.map(_size_and_digest, rest), strict=True))
         hashed = time.perf_counter()
         manifest = {
             "format": FORMAT,
@@ -208,15 +235,18 @@ class Publisher:
             "zarr_driver": "zarr3",
             "architecture": _ARCHITECTURES[self._model.architecture],
             "config_digest": config_digest(self._config),
-            "digest": _DIGEST,
-            "files": {str(path.relative_to(part)): entry for path, entry in entries.items()},
+            "digest": ALGORITHM,
+            "files": {
+                str(path.relative_to(part)): dict(zip(("bytes", "digest"), known[path], strict=True))
+                for path in files
+            },
             "tensors": {
                 name: row | {"dtype": self._dtype, "digest": digests[name]} for name, row in table.items()
             },
         }
-        list(self._pool.map(_fsync, files))
-        for folder in sorted({path.parent for path in files} | {part}):
-            _fsync(folder)
+        # Those of arrays are on disk already; every folder between a file and the version is named too.
+        folders = {parent for path in files for parent in path.relative_to(part).parents}
+        list(self._disk.map(_fsync, [*rest, *(part / folder for folder in folders)]))
         final = self.folder(version)
         part.rename(final)
         aside = final / f"{MANIFEST}.tmp"
@@ -241,44 +271,39 @@ class Publisher:
             seconds=seconds,
         )
 
-    def _write_arrays(self, folder: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """One array at a time from the devices to the disk, its tensors' digests taken on the way."""
-        import tensorstore as ts
-
+    def _write_arrays(
+        self, folder: Path, leaves: Mapping[str, Any]
+    ) -> tuple[dict[str, str], dict[Path, tuple[int, str]]]:
+        """One array at a time from the devices to the disk; beside it the digests of its tensors are taken
+        and the array before it is fsynced. Tensor -> digest, file -> (bytes, digest)."""
         folder.mkdir()
         stacked = {rule.path: rule.stacked for rule in active_rules(self._model)}
         slots: dict[str, list[tuple[str, int | None, Rule]]] = {}
         for name, slot in hf_slots(self._model).items():
             slots.setdefault(slot.rule.path, []).append((name, slot.layer, slot.rule))
-        # Files are fsynced once, before the commit; no cache, as every chunk is written once.
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         digests: dict[str, Future[str]] = {}
-        pending: Any = None
+        files: dict[Path, tuple[int, str]] = {}
+        flushed: list[Future[None]] = []
+        before: str | None = None
         for path, leaf in leaves.items():
             host = np.asarray(leaf)
             assert host.dtype == jnp.dtype(self._dtype), f"{path}: {host.dtype}, expected {self._dtype}"
-            transaction = ts.Transaction(atomic=False)
-            store = ts.open(
-                _array_spec(folder, path, host, stacked=stacked[path]),
-                create=True,
-                open=False,
-                context=context,
-            ).result()
-            staged = store.with_transaction(transaction).write(
-                host, can_reference_source_data_indefinitely=True
-            )
-            # What is not yet part of a transaction when it commits is left out of it without a word.
-            staged.result()
-            if pending is not None:
-                pending.result()
-            pending = transaction.commit_async()
             for name, layer, rule in slots[path]:
-                part = host if layer is None else host[layer]
-                digests[name] = self._pool.submit(_tensor_digest, part, rule)
-        pending.result()
+                digests[name] = self._pool.submit(
+                    _tensor_digest, host if layer is None else host[layer], rule
+                )
+            chunk = shard_shape(host.shape, stacked=stacked[path], itemsize=host.dtype.itemsize)
+            found = write_sharded(folder / path, host, chunk=chunk)
+            files |= found
+            flushed += [self._disk.submit(_fsync, file) for file in found]
+            # The host holds one array beside the one that is written.
+            for name, _, _ in slots[before] if before else ():
+                digests[name].result()
+            before = path
         write_metadata(folder, {path: leaf.shape for path, leaf in leaves.items()})
-        _mark_ocdbt(folder / METADATA_NAME)
-        return {name: digest.result() for name, digest in digests.items()}
+        for flush in flushed:
+            flush.result()
+        return {name: digest.result() for name, digest in digests.items()}, files
 
     def _write_safetensors(self, part: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
         short = _SHORT[self._dtype]
@@ -291,7 +316,7 @@ class Publisher:
                 leaf = leaves[slot.rule.path]
                 values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
                 data = as_bytes(to_hf_layout(values, slot.rule))
-                digests[name] = hashlib.blake2b(data, digest_size=16).hexdigest()
+                digests[name] = hashlib.new(ALGORITHM, data).hexdigest()
                 file.write(data)
         return digests
 
@@ -311,46 +336,16 @@ def _permutation(rule: Rule) -> list[int]:
     return [ours.index(name) for name in rule.hf_dims.replace("(", "").replace(")", "").split()]
 
 
-def _array_spec(folder: Path, path: str, host: np.ndarray, *, stacked: bool) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": f"file://{folder}/",
-            "path": f"{path}/",
-            "target_data_file_size": _FILE_BYTES,
-        },
-        "metadata": {
-            "shape": host.shape,
-            "data_type": host.dtype.name,
-            "fill_value": 0.0,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {
-                    "chunk_shape": shard_shape(host.shape, stacked=stacked, itemsize=host.dtype.itemsize)
-                },
-            },
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        },
-        # A chunk of zeros is stored too: a missing one then always means damage.
-        "store_data_equal_to_fill_value": True,
-    }
-
-
-def _mark_ocdbt(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_ocdbt": True}))
-
-
 def _tensor_digest(values: np.ndarray, rule: Rule) -> str:
-    return hashlib.blake2b(as_bytes(to_hf_layout(values, rule)), digest_size=16).hexdigest()
+    return hashlib.new(ALGORITHM, as_bytes(to_hf_layout(values, rule))).hexdigest()
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    digest = hashlib.new(ALGORITHM)
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
-    return {"bytes": path.stat().st_size, "digest": digest.hexdigest()}
+    return path.stat().st_size, digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

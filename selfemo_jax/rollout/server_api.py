@@ -15,7 +15,6 @@ from selfemo_jax.rollout.engine import Completion, Request, Sampling
 
 GENERATE = "/inference/v1/generate"
 _CONNECT_SECONDS = 10.0
-_HEALTH_SECONDS = 5.0
 _FLOOR = -9000.0
 """vLLM writes -9999 where a log-prob is not finite."""
 
@@ -47,8 +46,11 @@ class Rejected(ServerError):
 class Server:
     """A client of one replica; its methods may be called from several threads."""
 
-    def __init__(self, url: str, key: str, *, request_timeout: float, refresh_timeout: float):
+    def __init__(
+        self, url: str, key: str, *, request_timeout: float, refresh_timeout: float, health_timeout: float
+    ):
         self.url = url.rstrip("/")
+        self._health_timeout = health_timeout
         self._request_timeout, self._refresh_timeout = request_timeout, refresh_timeout
         self._client = httpx.Client(
             base_url=self.url,
@@ -66,7 +68,7 @@ class Server:
     def healthy(self) -> bool:
         """Whether the server says that its engine lives."""
         try:
-            return self._client.get("/health", timeout=_HEALTH_SECONDS).status_code == 200
+            return self._client.get("/health", timeout=self._health_timeout).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -15,18 +15,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tenacity
 
+from selfemo_jax.model.adapters import is_adapted
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.rollout.admission import Gate, check_versions
 from selfemo_jax.rollout.engine import Completion, Group, Request, RolloutError, Sampling, check_requests
 from selfemo_jax.rollout.fleet import Fleet, Processes, deal
 from selfemo_jax.rollout.proof import SLOPE_BOUND, Noise, Slope, Verdict
-from selfemo_jax.rollout.publish import Published, Publisher, snapshot
+from selfemo_jax.rollout.publish import Published, Publisher, is_same, remembered, snapshot
 from selfemo_jax.rollout.refresh import (
     NotStagedError,
     Probes,
@@ -49,6 +48,8 @@ class Serving:
     source_step: int
     """The trainer's name of it, which completions carry."""
     params: Params
+    """In the serving type; of a policy with adapters those, beside the base that it shares with the
+    trainer."""
     logprobs: tuple[np.ndarray, ...]
     """The trainer's, of the probes."""
 
@@ -124,12 +125,13 @@ class VllmEngine:
         self._fleet.wait()
         self._settle_slope()
         fresh = snapshot(params, dtype=self._dtype)
+        kept = remembered(params, fresh)
         with self._control:
-            if self._serving is not None and bool(_all_equal(self._serving.params, fresh)):
+            if self._serving is not None and is_same(self._serving.params, kept):
                 self._serving = replace(self._serving, source_step=version)
                 return
             try:
-                self._refresh(fresh, version)
+                self._refresh(fresh, kept, version)
             except RolloutError as error:
                 self._gate.fail(str(error))
                 raise
@@ -258,7 +260,7 @@ class VllmEngine:
 
     # Refresh
 
-    def _refresh(self, fresh: Params, version: int) -> None:
+    def _refresh(self, fresh: Params, kept: Params, version: int) -> None:
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         pending = self._publisher.start(fresh, source_step=version)
@@ -289,10 +291,9 @@ class VllmEngine:
             self._say(f"rollout: first refresh of {words}: {verdict.words}, residual {verdict.residual:.1e}")
         self._noise = self._noise.after(verdict.residual)
         self._before = earlier.params if earlier and self._settings.sidecar.slope_rollouts else None
-        self._serving = Serving(published=published, source_step=version, params=fresh, logprobs=new)
+        self._serving = Serving(published=published, source_step=version, params=kept, logprobs=new)
         self._recent, self._rolled_back = [], False
-        kept = {published.version, *((earlier.published.version,) if earlier else ())}
-        self._publisher.clean(protect=kept)
+        self._publisher.clean(protect={one.published.version for one in (earlier, self._serving) if one})
         self._gate.open()
 
     def _take(
@@ -350,6 +351,9 @@ class VllmEngine:
 
     # The slope of rollouts
 
+    def _plain(self, params: Params) -> Params:
+        return snapshot(params, dtype=self._dtype) if is_adapted(params) else params
+
     def _keep(self, request: Request, completions: Sequence[Completion], sampling: Sampling) -> None:
         """Note rollouts of the version now served, to be scored by the trainer before the next one."""
         with self._control:
@@ -375,7 +379,8 @@ class VllmEngine:
             starts=[len(prompt) for prompt, _, _ in recent],
             temperature=recent[0][2],
         )
-        new, old = score(serving.params), score(before)
+        # One after the other: merged policies are as large as the base.
+        new, old = (score(self._plain(params)) for params in (serving.params, before))
         for (_, found, _), after, ahead in zip(recent, new, old, strict=True):
             self._slope.add(np.array(found.logprobs), after, ahead)
         if self._slope.is_sure(self._noise.scale) and not self._slope.value > SLOPE_BOUND:
@@ -384,8 +389,3 @@ class VllmEngine:
                 f"{self._slope.value:.3f}, expected above {SLOPE_BOUND}: the servers sampled them from older "
                 "weights than they say"
             )
-
-
-@jax.jit
-def _all_equal(a: Params, b: Params) -> jax.Array:
-    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.all(x == y), a, b))).all()

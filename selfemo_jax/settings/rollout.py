@@ -37,6 +37,8 @@ class Sidecar:
     """Published versions kept, the current one included; 2 or more allow a rollback."""
     start_timeout: Positive = 600.0
     """Seconds until a started server must answer."""
+    health_timeout: Positive = 10.0
+    """Seconds after which a server that does not say that it is well is taken for dead."""
     request_timeout: Positive = 600.0
     """Seconds until a request for rollouts must be answered."""
     retries: Natural = 3

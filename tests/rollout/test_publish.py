@@ -35,12 +35,12 @@ def read_as_a_server(folder) -> dict[str, np.ndarray]:
     for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()
         assert len(data) == entry["bytes"]
-        assert hashlib.blake2b(data, digest_size=16).hexdigest() == entry["digest"], name
+        assert hashlib.sha256(data).hexdigest() == entry["digest"], name
     arrays, tensors = {}, {}
     for name, row in manifest["tensors"].items():
         path = row["array"]
         if path not in arrays:
-            kvstore = {"driver": "ocdbt", "base": f"file://{folder}/params", "path": f"{path}/"}
+            kvstore = {"driver": "file", "path": f"{folder}/params/{path}/"}
             spec = {"driver": manifest["zarr_driver"], "kvstore": kvstore}
             arrays[path] = ts.open(spec, open=True, read=True).result()
         values = arrays[path] if row["index"] is None else arrays[path][row["index"]]
@@ -49,7 +49,7 @@ def read_as_a_server(folder) -> dict[str, np.ndarray]:
             values = values.transpose(row["transpose"])
         values = np.ascontiguousarray(values.reshape(row["shape"]))
         assert values.dtype.name == row["dtype"] == manifest["dtype"]
-        assert hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest() == row["digest"], name
+        assert hashlib.sha256(values.tobytes()).hexdigest() == row["digest"], name
         tensors[name] = values
     return tensors
 
@@ -86,9 +86,9 @@ def test_orbax_restores_what_is_published_and_a_chunk_is_a_layer(tmp_path):
     folder = Publisher(tmp_path, TINY, dtype="float32").publish(params, source_step=0).folder
     restored = ocp.PyTreeCheckpointer().restore(folder / "params")
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, restored))
-    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/params", "path": "layers.gate/"}
+    kvstore = {"driver": "file", "path": f"{folder}/params/layers.gate/"}
     store = ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-    assert store.chunk_layout.write_chunk.shape == (1, TINY.embed_dim, TINY.mlp_dim)
+    assert store.chunk_layout.read_chunk.shape == (1, TINY.embed_dim, TINY.mlp_dim)
 
 
 def test_weights_split_over_a_mesh_are_published_as_whole_ones(tmp_path):
@@ -193,7 +193,7 @@ def test_the_second_transport_has_the_same_tensors_and_digests(tmp_path):
     assert not problems and set(tensors) == set(published.digests)
     for name, tensor in tensors.items():
         values = np.ascontiguousarray(read_rows(tensor, None))
-        found = hashlib.blake2b(values.view(np.uint8), digest_size=16).hexdigest()
+        found = hashlib.sha256(values.view(np.uint8)).hexdigest()
         assert found == published.digests[name], name
     manifest = json.loads((published.folder / "manifest.json").read_text())
     assert {row["array"] for row in manifest["tensors"].values()} == {None}, "found by their own names"

@@ -74,7 +74,7 @@ def options(environment, tmp_path, monkeypatch):
     model.mkdir()
 
     def make(**changes):
-        settings = Settings(**({"environment": environment, "start_timeout": 20.0} | changes))
+        settings = Settings(**({"environment": environment, "start_timeout": 120.0} | changes))
         folders = {"model_folder": model, "run_dir": tmp_path / "run", "weights_root": tmp_path / "weights"}
         return {"settings": settings, **folders}
 
@@ -337,5 +337,5 @@ def test_a_missing_environment_is_the_users_error_with_the_command(tmp_path, mon
 def test_serving_without_a_key_is_refused(environment, tmp_path):
     command = [f"{environment}/bin/python", str(supervisor.SERVER), "--model", str(tmp_path), "--port", "1"]
     clean = {name: value for name, value in os.environ.items() if name != "SELFEMO_SIDECAR_KEY"}
-    ended = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=20)
+    ended = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "set SELFEMO_SIDECAR_KEY" in ended.stderr

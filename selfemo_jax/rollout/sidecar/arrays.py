@@ -131,7 +131,7 @@ def turned(values: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
 
 
 def digest(tensor: np.ndarray) -> str:
-    """blake2b-16 of the tensor's bytes in C order."""
+    """SHA-256 of the tensor's bytes in C order."""
     contiguous = np.ascontiguousarray(tensor)
     plain = contiguous.reshape(-1).view(np.uint8)
-    return hashlib.blake2b(plain, digest_size=16).hexdigest()
+    return hashlib.sha256(plain).hexdigest()

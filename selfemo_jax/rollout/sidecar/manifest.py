@@ -100,10 +100,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parsed(folder: Path, raw: dict[str, Any]) -> Manifest:
     where = f"weights version {folder.name}"
-    if raw.get("format") != FORMAT or raw.get("digest") != "blake2b-16":
+    if raw.get("format") != FORMAT or raw.get("digest") != "sha256":
         raise ValueError(
             f"{where}: format {raw.get('format')!r} with digests {raw.get('digest')!r}; expected {FORMAT!r} "
-            "with 'blake2b-16'"
+            "with 'sha256'"
         )
     if raw["dtype"] not in DTYPES or raw["zarr_driver"] not in ("zarr", "zarr3"):
         raise ValueError(f"{where}: dtype {raw['dtype']!r}, zarr_driver {raw['zarr_driver']!r}: not known")
@@ -161,7 +161,7 @@ def damaged_files(manifest: Manifest) -> list[str]:
 
 
 def _file_digest(path: Path) -> str:
-    hashed = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             hashed.update(block)

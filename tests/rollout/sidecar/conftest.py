@@ -1,10 +1,12 @@
 """One real vLLM server for all tests that need it, or the reason why there is none."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from selfemo_jax.rollout import supervisor
 from selfemo_jax.rollout.supervisor import Sidecar, sidecar_python, start_sidecar
 from selfemo_jax.settings.rollout import Sidecar as Settings
 from tests.rollout.sidecar.client import Client
@@ -12,6 +14,7 @@ from tests.rollout.sidecar.published import hf_config, publish, random_weights, 
 
 ROOT = Path(__file__).parents[3]
 MAX_LEN = 512
+REPACK = "        repacked = repack(self._model)\n"
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +38,8 @@ class World:
         for version, arrays in self.arrays.items():
             publish(self.root, version, arrays, self.config, safetensors=True)
         self.sidecar: Sidecar | None = None
+        self.no_repack = folder / "no_repack"
+        """While this file exists, the session's server forgets to pack a tied head again."""
         self.fresh: list = []
         """Answers of the server as it started."""
 
@@ -61,12 +66,32 @@ class World:
             self.sidecar.close()
 
 
+def sidecar_that_can_forget(folder: Path) -> tuple[Path, Path]:
+    """A copy of the sidecar's code with one line changed, and the file that makes the change act: while it
+    exists a tied head is not packed again after a refresh, which is how vLLM itself behaves."""
+    copy, switch = folder / "sidecar", folder / "no_repack"
+    shutil.copytree(supervisor.SERVER.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    worker = copy / "worker.py"
+    text = worker.read_text()
+    assert text.count(REPACK) == 1
+    changed = f"        repacked = 0 if Path({str(switch)!r}).exists() else repack(self._model)\n"
+    worker.write_text(text.replace(REPACK, changed))
+    return copy / supervisor.SERVER.name, switch
+
+
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory, vllm_environment) -> Iterator[World]:
     """The one server of the session: a tied model, as every small Qwen3; `fresh` holds its first answers."""
-    world = World(tmp_path_factory.mktemp("tied"), vllm_environment, tied=True)
+    folder = tmp_path_factory.mktemp("tied")
+    world = World(folder, vllm_environment, tied=True)
+    original = supervisor.SERVER
+    supervisor.SERVER, world.no_repack = sidecar_that_can_forget(folder)
     try:
-        world.fresh = world.start().answers()
+        client = world.start()
+    finally:
+        supervisor.SERVER = original
+    try:
+        world.fresh = client.answers()
         yield world
     finally:
         world.close()

@@ -134,7 +134,7 @@ def write_model_folder(folder: Path, config: Mapping[str, Any], arrays: Arrays |
 
 
 def digest(data: bytes | np.ndarray) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def publish(
@@ -168,7 +168,7 @@ def publish(
         "config_digest": hashlib.sha256(
             json.dumps(dict(config), sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest(),
-        "digest": "blake2b-16",
+        "digest": "sha256",
         "files": {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "digest": digest(path.read_bytes())}
             for path in sorted(folder.rglob("*"))
