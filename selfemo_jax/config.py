@@ -35,6 +35,9 @@ class Config:
     """Minutes after which training stops cleanly and is scored; null: none."""
     note: str = ""
     """Words stamped on every score."""
+    phases: Literal["all", "cold", "none"] = "all"
+    """What is trained before the scores: the whole method, the cold start alone (supervised baselines), or
+    nothing (zero-shot)."""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     output: OutputSection = field(default_factory=OutputSection)

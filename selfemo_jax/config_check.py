@@ -112,6 +112,16 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _data(config: Config) -> Iterator[str]:
     data, mixture = config.data, config.data.mixture
+    if config.output.biography != "none" and data.speaker_style == "index":
+        yield (
+            f"output.biography is {config.output.biography} and data.speaker_style is index: a biography is "
+            "found by the speaker's name; set data.speaker_style to name"
+        )
+    if config.output.biography == "expert" and not config.expert.endpoints:
+        yield (
+            "output.biography is expert and expert.endpoints is empty: nobody would write it; name an endpoint, "
+            "or set output.biography to train_lines"
+        )
     if not data.sets:
         yield f"data.sets is empty; name at least one of {', '.join(NAMED_SETS)} or a folder"
     if len(set(data.sets)) < len(data.sets):
@@ -220,6 +230,13 @@ def _lora(config: Config) -> Iterator[str]:
 
 def _phases(config: Config) -> Iterator[str]:
     retrain = config.flywheel.retrain
+    if config.phases == "cold" and config.cold_start.source == "none" and not config.cold_start.labels.epochs:
+        yield (
+            "phases is cold and cold_start.source is none: there is nothing to train; set cold_start.source to "
+            "human, or phases to none for a zero-shot score"
+        )
+    if config.phases != "all":
+        return
     if config.model.path is None and retrain.init == "base":
         yield (
             "flywheel.retrain.init is base and model.path is null: a policy with random weights cannot "

@@ -48,6 +48,7 @@ def training_dialogues(data: RunData, config: Config) -> Dialogues:
     for name, labels in sorted(data.label_sets.items()):
         roots = [dialogue for dialogue in chosen if dialogue.dataset == name]
         samples = build_inputs(roots, labels, rule="all")
+        samples = data.biographies.told(samples) if data.biographies else samples
         found[name] = dialogues_of(
             shuffle_gold(samples, config.seed) if config.data.shuffle_gold else samples
         )

@@ -55,8 +55,11 @@ class Position:
 
 def plan(config: Config) -> tuple[Phase, ...]:
     """The phases of method 3.2: labels (on request) and cold start, then per iteration RL, harvest and (by
-    `retrain.method`) SFT, then the final RL, whose buffer holds the last harvest."""
+    `retrain.method`) SFT, then the final RL, whose buffer holds the last harvest; for a baseline those up to
+    the cold start, or none."""
     phases: list[Phase] = []
+    if config.phases == "none":
+        return ()
 
     def add(kind, name, iteration, init, buffer, steps=None) -> str:
         phases.append(
@@ -79,6 +82,8 @@ def plan(config: Config) -> tuple[Phase, ...]:
         cold = add("labels", "labels", 0, BASE, (ORIGINAL,))
     if config.cold_start.source != "none":
         cold = add("sft", "cold", 0, cold, (ORIGINAL,))
+    if config.phases == "cold":
+        return tuple(phases)
     harvests: list[str] = []
     current = cold
     for iteration in range(1, num_iterations + 2):

@@ -19,6 +19,7 @@ from selfemo_jax.appendlog import AppendLog
 from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config, Optim
+from selfemo_jax.data.curriculum import difficulties, root_of
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.lengths import report_lengths
@@ -196,6 +197,13 @@ class Run:
         """Share of a batch that each source gets."""
         return run_inputs.source_weights(sources, self.config)
 
+    def difficulty(self) -> Callable[[Any], float] | None:
+        """How hard an item of a supervised phase is, where `cold_start.order` asks for a curriculum."""
+        if self.config.cold_start.order == "shuffled":
+            return None
+        hard = difficulties(self.data.dialogues)
+        return lambda item: hard[root_of(item)]
+
     def turns(self, phase: Phase, *, done: int) -> Iterator[Turn]:
         """The turns of a harvest that are not over after ``done`` steps; each waits for the one before."""
         if self.config.flywheel.harvest == "replay":
@@ -306,6 +314,9 @@ class Run:
 
     def final_scores(self) -> None:
         """Score the best policy of the last phase on whole splits, and print what it is worth."""
+        if not self.plan:
+            self._score_final(self.weights(plans.BASE), notice="")
+            return
         last = weights_folder(self.dir, self.plan[-1])
         self._score_final(weights_of(self.parts, self._best_dir if self._best else last), notice="")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.audit import decontaminate, scored_parts
+from selfemo_jax.data.biographies import Biographies, count_lines
 from selfemo_jax.data.dialogues import Corpus, Dialogue, LabelSet, heaviest_label, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
 
@@ -38,6 +39,8 @@ class RunData:
     """Counts, and what decontamination dropped."""
     dialogues: Mapping[str, Dialogue] = field(default_factory=dict)
     """Root dialogue of a training input -> the whole dialogue."""
+    biographies: Biographies | None = None
+    """What the inputs are told of the speaker to recognise."""
     expert_examples: tuple[tuple[Sample, tuple[int, ...]], ...] = ()
     """Training inputs with the completions that experts wrote for the cold start."""
     expert_cache: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +98,7 @@ def load_data(config: Config) -> RunData:
         split: {name: len(samples) for name, samples in sets.items()} for split, sets in evaluation.items()
     }
     _check_similarity(config.reward.similarity, [corpus.label_set for corpus in corpora.values()])
-    return RunData(
+    data = RunData(
         label_sets={name: corpus.label_set for name, corpus in corpora.items()},
         train=train,
         evaluation=evaluation,
@@ -106,6 +109,20 @@ def load_data(config: Config) -> RunData:
         report=report,
         dialogues=dialogues,
     )
+    if config.output.biography == "train_lines":
+        return tell_biographies(data, count_lines(dialogues))
+    return data
+
+
+def tell_biographies(data: RunData, biographies: Biographies) -> RunData:
+    """The data whose inputs are told what is known of the speaker to recognise."""
+    train = {name: biographies.told(samples) for name, samples in data.train.items()}
+    evaluation = {
+        split: {name: biographies.told(samples) for name, samples in sets.items()}
+        for split, sets in data.evaluation.items()
+    }
+    digest = _fingerprint(train, evaluation)
+    return replace(data, train=train, evaluation=evaluation, biographies=biographies, fingerprint=digest)
 
 
 def with_experts(

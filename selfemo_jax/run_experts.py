@@ -22,6 +22,7 @@ from selfemo_jax.experts.ask import ChatSampling, Interrupted
 from selfemo_jax.experts.panel import MakePolicy, Panel
 from selfemo_jax.experts.policy import PolicyExpert
 from selfemo_jax.parts import Parts, base_weights, make_engine
+from selfemo_jax.run_biographies import add_biographies
 from selfemo_jax.run_data import RunData, with_experts
 from selfemo_jax.run_inputs import cold_inputs
 from selfemo_jax.run_resume import Stopped
@@ -35,7 +36,8 @@ Say = Callable[[str], None]
 
 def needs_experts(config: Config) -> bool:
     """Whether a run asks experts for anything."""
-    return config.persona.source == "expert" or config.cold_start.source in ("expert", "mixed")
+    asked = config.persona.source == "expert" or config.output.biography == "expert"
+    return asked or config.cold_start.source in ("expert", "mixed")
 
 
 def cache_path(config: Config, folder: Path) -> Path:
@@ -68,6 +70,7 @@ def ask_experts(config: Config, parts: Parts, data: RunData, folder: Path, say: 
             panel.cache.check_prefix(before["length"], before["sha256"])
         try:
             data = add_personas(config, data, panel, folder, say)
+            data = add_biographies(config, data, panel, folder)
             data = add_examples(config, parts.codec, data, panel, folder, say)
         except Interrupted as error:
             raise Stopped(str(error)) from None

@@ -77,7 +77,7 @@ def label_rows(run: Run, phase: Phase) -> None:
     state, at = run.start(phase, steps, total_steps=total)
     batches = input_stream(
         dialogues, run.mixture(dialogues), run.encode_questions(dialogues),
-        batch_size=settings.batch_size, seed=run.seed(phase), state=at.iterator,
+        batch_size=settings.batch_size, seed=run.seed(phase), state=at.iterator, difficulty=run.difficulty(),
     )  # fmt: skip
     for step, batch in run.watch(phase, zip(range(at.step + 1, total + 1), batches, strict=False)):
         rate = learning_rate(settings.optim, step=step - 1, total_steps=total)
@@ -101,7 +101,7 @@ def supervised(run: Run, phase: Phase) -> None:
     batches = input_stream(
         examples, run.mixture(examples), run.encode_example,
         batch_size=config.cold_start.batch_size, seed=run.seed(phase), state=at.iterator,
-        num_workers=config.data.num_workers,
+        num_workers=config.data.num_workers, difficulty=run.difficulty(),
     )  # fmt: skip
     for step, batch in run.watch(phase, zip(range(at.step + 1, total + 1), batches, strict=False)):
         rate = learning_rate(config.cold_start.optim, step=step - 1, total_steps=total)

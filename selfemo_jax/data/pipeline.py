@@ -5,11 +5,13 @@ takes from them in fixed proportions, so that a batch holds what the weights say
 source. The iterator's whole state is the index of the next batch.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from selfemo_jax.data.curriculum import NUM_STAGES
 from selfemo_jax.data.inputs import Sample
 
 Item = TypeVar("Item")
@@ -67,9 +69,12 @@ def input_stream(
     state: Mapping[str, Any] | None = None,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    difficulty: Callable[[Any], float] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of ``encode(sample)``. ``state`` continues after the batch that carried it. ``shard``
-    is (this host, number of hosts): each host reads every n-th item of the same stream."""
+    is (this host, number of hosts): each host reads every n-th item of the same stream. ``difficulty`` of an
+    item makes each pass over a source a curriculum: its easiest part first, in random order inside each of
+    `curriculum.NUM_STAGES` parts; None is one part."""
     import grain
 
     names = sorted(name for name in sources if sources[name] and weights[name] > 0)
@@ -77,10 +82,13 @@ def input_stream(
         raise ValueError(
             "no training inputs: every source is empty; check data.sets, data.rule and data.root"
         )
-    parts = [
-        grain.MapDataset.source(sources[name]).seed(seed + position).shuffle().repeat()
-        for position, name in enumerate(names)
-    ]
+    parts = []
+    for position, name in enumerate(names):
+        stages = [
+            grain.MapDataset.source(stage).seed(seed + position).shuffle()
+            for stage in _stages(sources[name], difficulty)
+        ]
+        parts.append((grain.MapDataset.concatenate(stages) if len(stages) > 1 else stages[0]).repeat())
     mixed = grain.MapDataset.mix(parts, [weights[name] for name in names]) if len(parts) > 1 else parts[0]
     dataset = mixed[shard[0] :: shard[1]].map(encode).batch(batch_size, batch_fn=tuple).to_iter_dataset()
     if num_workers:
@@ -97,6 +105,15 @@ def input_stream(
     while True:
         items = next(iterator)
         yield Batch(items=items, state=iterator.get_state())
+
+
+def _stages(items: Sequence[Any], difficulty: Callable[[Any], float] | None) -> list[Sequence[Any]]:
+    """Parts of the items in the order of a pass; equal ones keep their order."""
+    if difficulty is None:
+        return [items]
+    ranked = sorted(items, key=difficulty)
+    cuts = [round(len(ranked) * stage / NUM_STAGES) for stage in range(NUM_STAGES + 1)]
+    return [ranked[low:high] for low, high in itertools.pairwise(cuts) if high > low]
 
 
 def _no_accelerator(worker: int, num_workers: int) -> None:

@@ -61,7 +61,8 @@ def read_key(endpoint: Endpoint) -> str | None:
 
 
 class HttpExpert:
-    """One chat server. ``retries`` counts failed requests by kind; nothing here keeps the key but the
+    """One chat server. ``retries`` counts failed requests by kind; ``seconds`` has the time of the request that
+    was answered, by the answer's key; nothing here keeps the key but the
     request headers."""
 
     def __init__(self, endpoint: Endpoint, expert: Expert, sampling: ChatSampling):
@@ -69,6 +70,7 @@ class HttpExpert:
         self.endpoint, self.expert, self.sampling = endpoint, expert, sampling
         self.model = endpoint.model
         self.retries: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
         self._key = read_key(endpoint)
         self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
 
@@ -162,7 +164,10 @@ class HttpExpert:
         async for attempt in retrying:
             with attempt:
                 await gate.passed()
-                return await self._request(client, question, gate)
+                began = time.monotonic()
+                answer = await self._request(client, question, gate)
+                self.seconds[answer.key] = time.monotonic() - began
+                return answer
         raise AssertionError("unreachable: the last error is raised again")
 
     async def _request(self, client: httpx.AsyncClient, question: Question, gate: Gate) -> Answer:

@@ -109,6 +109,12 @@ class Panel:
             for question, endpoints in wanted
         ]
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Key of an answer that was asked for now -> seconds of its request."""
+        experts = [expert for expert in self._experts.values() if isinstance(expert, HttpExpert)]
+        return {key: seconds for expert in experts for key, seconds in expert.seconds.items()}
+
     def num_open(self, questions: Sequence[Question]) -> int:
         """How many requests `ask` would make; the policy's own are not counted."""
         keys = {

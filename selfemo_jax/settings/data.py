@@ -57,3 +57,8 @@ class OutputSection:
     prompt_style: Literal["full", "brief", "dialogue"] = "full"
     """Complete rules with an example, for pretrained models; a short form for small ones; or the shortest,
     whose prompts of one dialogue grow on one trunk, so that rows of `cold_start.labels` share it."""
+    descriptions: bool = False
+    """Say in the prompt what each label of the known sets means."""
+    biography: Literal["none", "train_lines", "expert"] = "none"
+    """What the prompt tells of the speaker to recognise: nothing; facts counted from the speaker's lines in
+    other training dialogues; or sentences that `expert` wrote from such lines."""

@@ -53,6 +53,9 @@ class ColdStart:
     """Examples per optimizer step."""
     optim: Optim = field(default_factory=_sft_optim)
     """Learning rate and schedule of SFT."""
+    order: Literal["shuffled", "curriculum"] = "shuffled"
+    """How supervised passes go through their inputs: in random order, or from dialogues in which feelings
+    rarely shift to those in which they often do; of the phase on labels too."""
     rows: Literal["examples", "dialogues"] = "examples"
     """What batch_size counts: examples, each in a segment of its own, or dialogues, whose examples share what
     their prompts have in common."""
