@@ -1,35 +1,50 @@
 """Scores of a policy: a split -> greedy answers -> predictions.jsonl -> scores.
 
     python -m selfemo_jax.evaluate --checkpoint DIR [--data.root DIR] [--split test] [--out DIR]
+                                   [--samples N] [--yardsticks]
+    python -m selfemo_jax.evaluate --endpoint URL --model NAME [--key_env VARIABLE] ...
 
 The checkpoint is a run's folder (its best policy by dev score), a converted (Orbax) folder or a Hugging Face
-folder. Every labelled utterance of the split counts once; an answer outside the grammar is wrong. Beside each
-score stand the invalid rate and the score of always answering with the most frequent training label.
+folder; or an OpenAI-compatible server answers. Every labelled utterance of the split counts once; an answer
+outside the grammar is wrong. Beside each score stand the invalid rate, lenient readings, and the score of
+always answering with the most frequent training label; beside the sets of the paper its Table 1.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from selfemo_jax.appendlog import AppendLog, atomic_write
 from selfemo_jax.checkpoint import find_checkpoint
 from selfemo_jax.config import Config
-from selfemo_jax.config_io import Flag, load_config
-from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.config_io import Command, Flag, config_folder, load_config
+from selfemo_jax.evaluation.answers import Answers, policy_answers
+from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
+from selfemo_jax.evaluation.samples import score_samples
+from selfemo_jax.evaluation.tables import print_all
+from selfemo_jax.evaluation.yardsticks import yardsticks
+from selfemo_jax.experts.ask import ExpertError
 from selfemo_jax.parts import build_parts, make_engine, weights_of
-from selfemo_jax.rollout.engine import Engine
+from selfemo_jax.run_biographies import with_biographies
 from selfemo_jax.run_data import RunData, load_data
-from selfemo_jax.scores import greedy_answers, score
+from selfemo_jax.scores import Prediction, score
 
 FLAGS = {
-    "checkpoint": Flag(help="run, converted or Hugging Face folder", required=True),
+    "checkpoint": Flag(help="run, converted or Hugging Face folder"),
+    "endpoint": Flag(help="base URL of an OpenAI-compatible server, in place of a checkpoint"),
+    "model": Flag(help="the model's name at the endpoint"),
+    "key_env": Flag(help="environment variable that holds the endpoint's key; default: no key is sent"),
     "split": Flag(help="dev or test", default="test"),
+    "samples": Flag(help="answers drawn for each input beside the greedy one", type=int, default=0),
+    "yardsticks": Flag(
+        help="score majority, random and a linear model too; alone: nothing else", switch=True
+    ),
     "out": Flag(
         help="folder for predictions and scores; default: eval/ in the run, or beside the checkpoint"
     ),
@@ -40,96 +55,132 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score one split; returns the exit status."""
     try:
         config, command = load_config(
-            sys.argv[1:] if argv is None else argv,
-            prog="selfemo_jax.evaluate",
-            flags=FLAGS,
-            base=lambda command: find_checkpoint(command.extra["checkpoint"]).config_file,
+            sys.argv[1:] if argv is None else argv, prog="selfemo_jax.evaluate", flags=FLAGS, base=_config_of
         )
-        checkpoint = find_checkpoint(command.extra["checkpoint"])
-        config = checkpoint.settings(config)
-        parts = build_parts(config)
-        data = load_data(config)
-        engine = make_engine(parts)
-        engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
-        folder = Path(command.extra["out"] or checkpoint.out)
-        evaluate_splits(
-            engine, parts.codec, config, data,
-            splits=[command.extra["split"]], note=parts.note, folder=folder, say=print,
-        )  # fmt: skip
-        engine.close()
-    except (ValueError, FileNotFoundError) as error:
+        flags = command.extra
+        with _opened(config, command) as (answers, config, folder, note):
+            data = with_biographies(config, load_data(config))
+            evaluate_splits(
+                answers, data, splits=[flags["split"]], note=note, folder=folder, say=print,
+                num_samples=flags["samples"], with_yardsticks=flags["yardsticks"], seed=config.seed,
+            )  # fmt: skip
+    except (ValueError, FileNotFoundError, ExpertError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def evaluate_splits(
-    engine: Engine,
-    codec: TextCodec,
-    config: Config,
+    answers: Answers | None,
     data: RunData,
     *,
     splits: Sequence[str],
     note: str,
     folder: Path,
     say: Callable[[str], None],
+    num_samples: int = 0,
+    with_yardsticks: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Score splits with the engine's policy; writes ``<split>_predictions.jsonl`` and ``<split>.json`` for
-    each."""
+    """Score splits; writes ``<split>_predictions.jsonl`` and ``<split>.json`` for each, without ``answers``
+    of the yardsticks alone."""
     results = {}
     for split in splits:
-        samples = data.split(split)
-        path = folder / f"{split}_predictions.jsonl"
-        part = path.with_suffix(".partial")
-        part.unlink(missing_ok=True)
-        predictions, started = [], time.perf_counter()
-        with AppendLog(part) as log:
-            for prediction in greedy_answers(engine, samples, codec, config):
-                log.append(prediction.to_json())
-                predictions.append(prediction)
-                if len(predictions) % 500 == 0:
-                    rate = len(predictions) / (time.perf_counter() - started)
-                    left = (len(samples) - len(predictions)) / rate
-                    say(f"{split}: {len(predictions)}/{len(samples)}, {rate:.1f} inputs/s, eta {left:.0f} s")
-        part.replace(path)
-        seconds = time.perf_counter() - started
-        scored = score(predictions, data.label_sets, data.majority, data.parts)
-        results[split] = {"seconds": seconds, "note": note, "sets": scored}
-        atomic_write(folder / f"{split}.json", json.dumps(results[split], indent=1) + "\n")
-        print_scores(split, scored, data, note)
+        samples, found = data.split(split), {"seconds": 0.0, "note": note, "sets": {}}
+        if answers is not None:
+            started = time.perf_counter()
+            predictions = _written(
+                answers.greedy(samples), folder / f"{split}_predictions.jsonl", samples, say
+            )
+            found["seconds"] = time.perf_counter() - started
+            found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
+            found["speed"] = _speed(predictions, found["seconds"])
+            if num_samples:
+                groups = list(answers.sampled(samples, num_samples))
+                found["samples"] = score_samples(groups, data.label_sets)
+        if with_yardsticks:
+            found["yardsticks"] = yardsticks(data, split, seed=seed)
+        results[split] = found
+        name = split if answers is not None else f"{split}_yardsticks"
+        atomic_write(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        print_all(split, found, data)
     return results
 
 
-def print_scores(split: str, scored: Mapping[str, Any], data: RunData, note: str) -> None:
-    """The table of a split; numbers in percent."""
-    table = Table(title=f"{split} split{f': {note}' if note else ''}", title_justify="left")
-    for column in ("set", "n", "acc", "w-F1", "macro-F1", "invalid", "r1", "lenient w-F1", "labels"):
-        table.add_column(column, justify="left" if column == "set" else "right")
-    for column in ("majority acc", "majority w-F1"):
-        table.add_column(column, justify="right")
-    for name, result, num_labels in _rows(scored, data):
-        percent = [result[key] for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1")]
-        baseline = result["majority"]
-        table.add_row(
-            name,
-            str(result["num"]),
-            *(f"{100 * value:.2f}" for value in percent),
-            f"{100 * result['lenient']['weighted_f1']:.2f}",
-            f"{result['num_labels_predicted']}/{num_labels}",
-            f"{100 * baseline['accuracy']:.2f}",
-            f"{100 * baseline['weighted_f1']:.2f}",
+def _written(
+    predictions: Iterable[Prediction], path: Path, samples: Sequence[Any], say: Callable[[str], None]
+) -> list[Prediction]:
+    """The predictions once all of them are in the file, which has its name only then."""
+    part, started = path.with_suffix(".partial"), time.perf_counter()
+    part.unlink(missing_ok=True)
+    done: list[Prediction] = []
+    with AppendLog(part) as log:
+        for prediction in predictions:
+            log.append(prediction.to_json())
+            done.append(prediction)
+            if len(done) % 500 == 0:
+                rate = len(done) / (time.perf_counter() - started)
+                left = (len(samples) - len(done)) / rate
+                say(f"{path.stem}: {len(done)}/{len(samples)}, {rate:.1f} inputs/s, eta {left:.0f} s")
+    part.replace(path)
+    return done
+
+
+def _speed(predictions: Sequence[Prediction], seconds: float) -> dict[str, Any]:
+    """Tokens, throughput, and latency in seconds of the answers that were made now."""
+    waited = np.array([p.seconds for p in predictions if p.seconds is not None])
+    quantiles = (
+        dict(zip(("p50", "p95"), np.quantile(waited, (0.5, 0.95)), strict=True)) if len(waited) else {}
+    )
+    return {
+        "inputs_per_s": len(predictions) / seconds,
+        "prompt_tokens": sum(p.num_prompt_tokens for p in predictions),
+        "completion_tokens": sum(p.num_tokens for p in predictions),
+        "latency": {name: float(value) for name, value in quantiles.items()} | {"n": len(waited)}
+        if quantiles
+        else None,
+    }
+
+
+def _config_of(command: Command) -> Path:
+    """The settings of the run that the checkpoint lies in, else those of ``configs/evaluate.yaml``."""
+    checkpoint = command.extra["checkpoint"]
+    return find_checkpoint(checkpoint).config_file if checkpoint else config_folder() / "evaluate.yaml"
+
+
+@contextmanager
+def _opened(config: Config, command: Command):
+    """Who answers (None: only yardsticks), its settings, where the scores go, and the words they carry."""
+    flags = command.extra
+    if bool(flags["checkpoint"]) + bool(flags["endpoint"]) > 1 or bool(flags["endpoint"]) != bool(
+        flags["model"]
+    ):
+        raise ValueError("command line: name --checkpoint DIR, or --endpoint URL and --model NAME")
+    if flags["endpoint"]:
+        folder = Path(flags["out"] or Path("runs") / "endpoints" / folder_name(flags["model"]))
+        with EndpointAnswers(
+            config, folder, url=flags["endpoint"], model=flags["model"], key_env=flags["key_env"]
+        ) as endpoint:
+            yield endpoint.answers(), config, folder, f"{flags['model']} at {flags['endpoint']}"
+    elif flags["checkpoint"]:
+        checkpoint = find_checkpoint(flags["checkpoint"])
+        config = checkpoint.settings(config)
+        parts = build_parts(config)
+        engine = make_engine(parts)
+        engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
+        yield (
+            policy_answers(engine, parts.codec, config),
+            config,
+            Path(flags["out"] or checkpoint.out),
+            parts.note,
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _rows(scored: Mapping[str, Any], data: RunData) -> Iterator[tuple[str, Mapping[str, Any], int]]:
-    """Name, scores and number of labels of each set, and below it of its parts where there are two."""
-    for name, result in scored.items():
-        num_labels = len(data.label_sets[name].labels)
-        yield name, result, num_labels
-        if len(result["parts"]) > 1:
-            for part, of_part in result["parts"].items():
-                yield f"  {part}", of_part, num_labels
+        engine.close()
+    elif flags["yardsticks"]:
+        yield None, config, Path(flags["out"] or Path("runs") / "yardsticks"), config.note
+    else:
+        raise ValueError(
+            "command line: --checkpoint DIR, or --endpoint URL and --model NAME, or --yardsticks is needed"
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.evaluate import evaluate_splits
+from selfemo_jax.evaluation.answers import policy_answers
 from selfemo_jax.parts import Parts
 from selfemo_jax.report import report_at_end
 from selfemo_jax.rollout.engine import Engine
@@ -52,7 +53,7 @@ def score_whole_splits(
     config = parts.config
     note = "; ".join(words for words in (parts.note, notice) if words)
     results = evaluate_splits(
-        engine, parts.codec, config, data, splits=config.eval.final_splits, note=note,
+        policy_answers(engine, parts.codec, config), data, splits=config.eval.final_splits, note=note,
         folder=run_dir / "eval", say=say,
     )  # fmt: skip
     if not notice:

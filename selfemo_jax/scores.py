@@ -4,6 +4,7 @@ Every labelled input counts once; an answer outside the grammar, or whose heavie
 is wrong and stays in every denominator. Scores of a data set are over its own labels.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from selfemo_jax.data.grammar import Answer, predicted_label
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
 from selfemo_jax.data.lenient import lenient_label, parse_lenient
-from selfemo_jax.data.prompts import build_prompt
-from selfemo_jax.rollout.engine import Engine, Request, Sampling
+from selfemo_jax.data.prompts import Prompt, build_prompt
+from selfemo_jax.evaluation.calibration import calibration, normalised
+from selfemo_jax.rollout.engine import Completion, Engine, Request, Sampling
 from selfemo_jax.scoring import parse_completion
 
 
@@ -38,6 +40,8 @@ class Prediction:
     """What a forgiving reading of the emotion field gives."""
     num_prompt_tokens: int
     num_tokens: int
+    seconds: float | None = None
+    """From handing its batch over, or from sending its request, until the answer was there."""
 
     def to_json(self) -> dict[str, Any]:
         """One line of ``predictions.jsonl``."""
@@ -66,50 +70,99 @@ def greedy_answers(
 ) -> Iterable[Prediction]:
     """Greedy answers in the order of the samples, produced as they are finished, part by part."""
     sampling = Sampling(max_tokens=config.rollout.max_tokens, temperature=0.0, stop_ids=codec.stop_ids)
-    part = 4 * config.eval.batch_rows
+    for (prediction,) in answers(engine, samples, codec, config, sampling=sampling):
+        yield prediction
+
+
+def answers(
+    engine: Engine,
+    samples: Sequence[Sample],
+    codec: TextCodec,
+    config: Config,
+    *,
+    sampling: Sampling,
+    num: int = 1,
+    seeds: Sequence[int] | None = None,
+) -> Iterable[tuple[Prediction, ...]]:
+    """``num`` answers to each sample, in the order of the samples, part by part; ``seeds`` one a sample."""
+    part = max(1, 4 * config.eval.batch_rows // num)
     for start in range(0, len(samples), part):
         chosen = samples[start : start + part]
         prompts = [
             encode_prompt(sample, codec, config, persona=config.eval.persona == "given") for sample in chosen
         ]
         requests = [
-            Request(id=str(index), token_ids=prompt.token_ids, num=1, seed=0)
+            Request(
+                id=str(index), token_ids=prompt.token_ids, num=num, seed=seeds[start + index] if seeds else 0
+            )
             for index, prompt in enumerate(prompts)
         ]
-        groups = {int(group.request_id): group for group in engine.generate(requests, sampling)}
+        groups, started, seconds = {}, time.perf_counter(), {}
+        for group in engine.generate(requests, sampling):
+            groups[int(group.request_id)] = group
+            seconds[int(group.request_id)] = time.perf_counter() - started
         for index, (sample, prompt) in enumerate(zip(chosen, prompts, strict=True)):
             group = groups[index]
             if group.error is not None:
                 raise RuntimeError(f"evaluation: the engine lost {sample.id}: {group.error}")
-            completion = group.completions[0]
-            text, answer = parse_completion(
-                completion,
-                sample,
-                prompt,
-                codec,
-                max_labels=config.output.max_labels,
-                thinking=config.model.thinking,
-            )
-            lenient = parse_lenient(
-                text,
-                dataset=sample.dataset,
-                inventory=sample.inventory,
-                max_labels=config.output.max_labels,
-                finished=completion.finish_reason == "stop",
-                think_open_in_prompt=prompt.think_open,
-            )
-            yield Prediction(
-                sample=sample,
-                text=text,
-                answer=answer,
-                label=predicted_label(answer),
-                lenient=lenient_label(lenient, sample.inventory),
-                num_prompt_tokens=len(prompt.token_ids),
-                num_tokens=len(completion.token_ids),
+            yield tuple(
+                _read(completion, sample, prompt, codec, config, seconds[index])
+                for completion in group.completions
             )
 
 
-def encode_prompt(sample: Sample, codec: TextCodec, config: Config, *, persona: bool):
+def _read(
+    completion: Completion, sample: Sample, prompt: Prompt, codec: TextCodec, config: Config, seconds: float
+) -> Prediction:
+    text, answer = parse_completion(
+        completion,
+        sample,
+        prompt,
+        codec,
+        max_labels=config.output.max_labels,
+        thinking=config.model.thinking,
+    )
+    finished = completion.finish_reason == "stop"
+    return prediction_of(
+        sample, text, answer, config, finished=finished, think_open=prompt.think_open,
+        num_prompt_tokens=len(prompt.token_ids), num_tokens=len(completion.token_ids), seconds=seconds,
+    )  # fmt: skip
+
+
+def prediction_of(
+    sample: Sample,
+    text: str,
+    answer: Answer,
+    config: Config,
+    *,
+    finished: bool,
+    think_open: bool = False,
+    num_prompt_tokens: int,
+    num_tokens: int,
+    seconds: float | None,
+) -> Prediction:
+    """An answer with what strict and lenient reading make of it."""
+    lenient = parse_lenient(
+        text,
+        dataset=sample.dataset,
+        inventory=sample.inventory,
+        max_labels=config.output.max_labels,
+        finished=finished,
+        think_open_in_prompt=think_open,
+    )
+    return Prediction(
+        sample=sample,
+        text=text,
+        answer=answer,
+        label=predicted_label(answer),
+        lenient=lenient_label(lenient, sample.inventory),
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=num_tokens,
+        seconds=seconds,
+    )
+
+
+def encode_prompt(sample: Sample, codec: TextCodec, config: Config, *, persona: bool) -> Prompt:
     """The prompt of an input under the run's settings."""
     return build_prompt(
         sample,
@@ -119,6 +172,7 @@ def encode_prompt(sample: Sample, codec: TextCodec, config: Config, *, persona: 
         thinking=config.model.thinking,
         style=config.output.prompt_style,
         persona=persona,
+        descriptions=config.output.descriptions,
     )
 
 
@@ -155,30 +209,38 @@ def mean_wf1(results: Mapping[str, Mapping[str, Any]]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: str) -> dict[str, Any]:
-    order = {label: index for index, label in enumerate(labels.labels)}
+def label_scores(
+    gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Scores of one label for each input over the labels of the set; None, or a label outside, is invalid."""
+    order = {label: index for index, label in enumerate(labels)}
     invalid = len(order)
-    gold = np.array([order[gold_label(p.sample)] for p in predictions], np.int32)
+    wanted = np.array([order[label] for label in gold], np.int32)
+    found = np.array([order.get(label, invalid) if label else invalid for label in predicted], np.int32)
+    counts = metrics.confusion(wanted, found, num_classes=len(order))
+    f1, support = np.asarray(metrics.class_f1(counts)), np.asarray(metrics.support(counts))
+    return {
+        "accuracy": float(metrics.accuracy(counts)),
+        "weighted_f1": float(metrics.weighted_f1(counts)),
+        "macro_f1": float(metrics.macro_f1(counts)),
+        "invalid_rate": float(np.mean(found == invalid)) if len(found) else 0.0,
+        "per_class": {
+            label: {"f1": float(f1[i]), "support": int(support[i])} for i, label in enumerate(labels)
+        },
+        "confusion": np.asarray(counts).tolist(),
+    }
 
-    def summary(predicted: Sequence[str | None]) -> dict[str, Any]:
-        indices = np.array([order.get(label, invalid) if label else invalid for label in predicted], np.int32)
-        counts = metrics.confusion(gold, indices, num_classes=len(order))
-        f1, support = np.asarray(metrics.class_f1(counts)), np.asarray(metrics.support(counts))
-        return {
-            "accuracy": float(metrics.accuracy(counts)),
-            "weighted_f1": float(metrics.weighted_f1(counts)),
-            "macro_f1": float(metrics.macro_f1(counts)),
-            "invalid_rate": float(np.mean(indices == invalid)),
-            "per_class": {
-                label: {"f1": float(f1[i]), "support": int(support[i])}
-                for label, i in zip(labels.labels, range(len(order)), strict=True)
-            },
-            "confusion": np.asarray(counts).tolist(),
-        }
 
-    strict = summary([p.label for p in predictions])
+def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: str) -> dict[str, Any]:
+    gold = [gold_label(p.sample) for p in predictions]
+
+    def some(predicted: Sequence[str | None], *names: str) -> dict[str, Any]:
+        scores = label_scores(gold, predicted, labels.labels)
+        return {name: scores[name] for name in ("accuracy", "weighted_f1", "macro_f1", *names)}
+
+    strict = label_scores(gold, [p.label for p in predictions], labels.labels)
     inventories = [p.sample.inventory for p in predictions]
-    num_classes = len(order) + 1
+    num_classes = len(labels.labels) + 1
     pred, valid = answers_to_arrays([[p.answer] for p in predictions], inventories, num_classes=num_classes)
     gold_weights = gold_to_array([p.sample.gold for p in predictions], inventories, num_classes=num_classes)
     r1 = np.asarray(weighted_iou(jnp.asarray(pred), jnp.asarray(gold_weights), jnp.asarray(valid)))
@@ -186,17 +248,16 @@ def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: st
         "num": len(predictions),
         "r1": float(r1.mean()),
         "num_labels_predicted": len({p.label for p in predictions if p.label}),
-        "lenient": {
-            name: value
-            for name, value in summary([p.lenient for p in predictions]).items()
-            if name in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate")
-        },
-        "majority": {
-            name: value
-            for name, value in summary([majority] * len(predictions)).items()
-            if name in ("accuracy", "weighted_f1", "macro_f1")
-        }
-        | {"label": majority},
+        "lenient": some([p.lenient for p in predictions], "invalid_rate"),
+        "instructerc": some([_instructerc(p) for p in predictions]),
+        "majority": some([majority] * len(predictions)) | {"label": majority},
+        "calibration": calibration(
+            normalised(
+                [dict(p.answer.emotion) if p.answer.valid else {} for p in predictions], labels.labels
+            ),
+            np.array([labels.labels.index(label) for label in gold]),
+            np.array([p.answer.valid for p in predictions]),
+        ),
         "mean_tokens": float(np.mean([p.num_tokens for p in predictions])),
         "codes": _code_rates(predictions),
     }
@@ -204,6 +265,15 @@ def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: st
 
 def _without_confusion(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "confusion"}
+
+
+def _instructerc(prediction: Prediction) -> str | None:
+    """The label by the scoring of InstructERC, in which nothing is invalid."""
+    sample = prediction.sample
+    pairs = parse_lenient(
+        prediction.text, dataset=sample.dataset, inventory=sample.inventory, scoring="instructerc"
+    )
+    return lenient_label(pairs, sample.inventory)
 
 
 def _code_rates(predictions: Sequence[Prediction]) -> dict[str, float]:

@@ -64,9 +64,7 @@ def add_fetch(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--root", default=os.environ.get("SELFEMO_DATA"), help="folder above meld/, ...")
     parser.add_argument("--list", action="store_true", help="only say which files are there; no network")
     parser.add_argument("--mirror", help="base URL of a copy laid out as below the root; same checksums")
-    parser.add_argument(
-        "--force", action="store_true", help="replace files whose bytes are not the published"
-    )
+    parser.add_argument("--force", action="store_true", help="replace files of other bytes")
     parser.set_defaults(run=fetch)
 
 

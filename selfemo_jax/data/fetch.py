@@ -1,7 +1,8 @@
-"""The public corpora from their public homes: every file at a named commit, checked against its pinned SHA-256.
+"""The public corpora from their public homes: every file at a named commit, checked against its pinned
+SHA-256.
 
-A file is written aside and renamed once its digest is right, so that nothing half written is ever found under its
-name. IEMOCAP has no public home: its licence is asked for by a form.
+A file is written aside and renamed once its digest is right, so that nothing half written is ever found
+under its name. IEMOCAP has no public home: its licence is asked for by a form.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class _Passing(Exception):
 
 
 def files_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The downloadable files of data sets, as `meld/train_sent_emo.csv`. ValueError for a set that has none."""
+    """The downloadable files of data sets, as `meld/train_sent_emo.csv`. ValueError for a set that has
+    none."""
     for name in names:
         if name not in SOURCES:
             raise ValueError(f"fetch: no data set {name!r}; expected any of {', '.join(SOURCES)}")
@@ -61,10 +63,11 @@ def fetch_files(
     first_wait: float = FIRST_WAIT,
     say: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Bring the files under ``root``; file -> `kept`, `fetched` or `left` (other bytes under its name, not forced).
+    """Bring the files under ``root``; file -> `kept`, `fetched` or `left` (other bytes under its name, not
+    forced).
 
-    What is there as published is not asked for again. FetchError when one cannot be had: those before it stay, and
-    under its own name there is what was there before.
+    What is there as published is not asked for again. FetchError when one cannot be had: those before it
+    stay, and under its own name there is what was there before.
     """
     done: dict[str, str] = {}
     for file in files:
@@ -83,7 +86,7 @@ def fetch_files(
         words = {
             "kept": "is there",
             "fetched": "fetched",
-            "left": "other bytes than the published, left as it is",
+            "left": "not the published bytes; left as it is",
         }
         say(f"{path}: {words[done[file]]}")
     return done
@@ -103,8 +106,8 @@ def _fetch(url: str, path: Path, sha256: str, first_wait: float) -> None:
                 time.sleep(first_wait * 2 ** (attempt - 1))
         if found != sha256:
             raise FetchError(
-                f"{url}: the file that came has SHA-256 {found[:16]}..., expected {sha256[:16]}...; it was thrown "
-                "away. A proxy or a mirror that changes files may stand in between"
+                f"{url}: the file that came has SHA-256 {found[:16]}..., expected {sha256[:16]}...; it was "
+                "thrown away. A proxy or a mirror that changes files may stand in between"
             )
         part.replace(path)
     finally:
@@ -143,5 +146,5 @@ def _download(url: str, part: Path) -> str:
 
 
 def _by_hand(files: Sequence[str], urls: Mapping[str, str], root: Path) -> str:
-    lines = "\n".join(f"  {urls[file]}\n    -> {root / file}" for file in files)
-    return f"Nothing was written under that name. Without network, get these files elsewhere and put them here:\n{lines}"
+    lines = "".join(f"\n  {urls[file]}\n    -> {root / file}" for file in files)
+    return f"Nothing was written under that name. Without network, put these files there by hand:{lines}"

@@ -44,6 +44,8 @@ class Sample:
     responder: str
     persona: str | None = None
     """The responder's."""
+    about: str | None = None
+    """What training dialogues say of the target speaker (`data.biographies`)."""
     theme: str | None = None
     inventory: tuple[str, ...]
     gold: Mapping[str, float]
@@ -58,17 +60,28 @@ class Sample:
         record["history"] = [list(turn) for turn in self.history]
         record["inventory"], record["tags"] = list(self.inventory), list(self.tags)
         record["gold"] = dict(self.gold)
+        if self.about is None:
+            # Records and fingerprints of runs without biographies are those of before there were any.
+            del record["about"]
         return record
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Sample:
         """Inverse of `to_json`. ValueError for unknown or missing keys and for values of the wrong type."""
         where = f"sample {record.get('id', '<no id>')!r}"
+        record = {"about": None, **record}
         _check_keys(record, Sample, where)
         strings = ("id", "root_id", "dataset", "split", "origin", "target_speaker", "responder")
         kinds = dict.fromkeys(strings, str) | {"iteration": int, "depth": int, "gold": dict}
         kinds |= dict.fromkeys(("history", "inventory", "tags"), list)
-        optional = {"parent_id": str, "persona": str, "theme": str, "reference": dict, "policy_version": int}
+        optional = {
+            "parent_id": str,
+            "persona": str,
+            "about": str,
+            "theme": str,
+            "reference": dict,
+            "policy_version": int,
+        }
         _check_types(record, kinds, optional, where)
         history = record["history"]
         pairs = [isinstance(turn, list) and [type(part) for part in turn] == [str, str] for turn in history]

@@ -13,17 +13,19 @@ trunk, and a long one is read in windows that begin at the same line for many tu
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from selfemo_jax.data.codec import TextCodec, load_codec
 from selfemo_jax.data.grammar import answer_pieces
 from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.label_notes import LABEL_NOTES
 
 __all__ = [
     "Prompt",
     "TextCodec",
+    "build_messages",
     "build_prompt",
     "completion_ids",
     "encode_completion",
@@ -34,11 +36,14 @@ __all__ = [
 
 Piece = tuple[str, str]
 """(kind, text), kind "markup" or "data"."""
+Notes = tuple[tuple[str, str], ...]
+"""(label, what it means)."""
 
 STYLES = ("full", "brief", "dialogue")
 WINDOW_OVERLAP = 3
 """Lines that a window of a long dialogue repeats from the one before it."""
 _TAIL_STEP = 32
+_ABOUT_STEP = 128
 
 _TAG_OPENING = re.compile(
     r"<(?=\s*+/?+\s*+(?:think|emotion|self_emotion|response)(?![a-z0-9_]))", re.IGNORECASE
@@ -68,13 +73,15 @@ def build_prompt(
     thinking: bool,
     style: str = "full",
     persona: bool = True,
+    descriptions: bool = False,
 ) -> Prompt:
     """The ids of one input, in the chat template of the codec's folder.
 
     style: "full" states every rule and shows an example; "brief" and "dialogue" give the data alone, for
     models that are trained on it. persona False, or none in the sample: a neutral participant ("brief",
-    "dialogue": the name alone); False leaves the theme out too, which is made of the dialogue as well. The
-    oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
+    "dialogue": the name alone); False leaves the theme out too, which is made of the dialogue as well.
+    descriptions: say what each label means (`data.label_notes`). What the sample holds `about` the last
+    speaker is always told. The oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
     ValueError if even the last turn does not fit.
     """
     if style not in STYLES:
@@ -84,8 +91,9 @@ def build_prompt(
     frame = codec.chat_frame(thinking=thinking)
     traits = _clean(sample.persona or "") if persona else ""
     theme = _clean(sample.theme or "") if persona else ""
-    pieces = {"full": _full_pieces, "brief": _brief_pieces, "dialogue": _dialogue_pieces}[style]
-    system, opening, closing = pieces(sample, traits, theme, max_labels, thinking)
+    system, opening, closing = _PIECES[style](
+        sample, traits, theme, max_labels, thinking, _notes(sample.inventory) if descriptions else ()
+    )
     between = frame.between if frame.between is not None else "\n\n"
     head = _encode([("markup", frame.before), *system, ("markup", between), *opening], codec)
     lines = encode_history(sample.history, codec, style=style)
@@ -95,7 +103,8 @@ def build_prompt(
     first = None
     if style == "dialogue":
         # The tail's length varies with the responder's name; windows must not.
-        rounded = -(-len(tail) // _TAIL_STEP) * _TAIL_STEP
+        step = _ABOUT_STEP if sample.about else _TAIL_STEP
+        rounded = -(-len(tail) // step) * step
         first = _window_start(lines, max_tokens - len(head) - rounded)
     if first is None:
         first = len(lines)
@@ -116,16 +125,37 @@ def build_prompt(
     )
 
 
+def build_messages(
+    sample: Sample,
+    *,
+    max_labels: int,
+    thinking: bool,
+    style: str = "full",
+    persona: bool = True,
+    descriptions: bool = False,
+) -> tuple[str, str]:
+    """System and user message of one input as text, for a server that has its own template; the words of
+    `build_prompt` with the whole history."""
+    traits, theme = (_clean(text or "") if persona else "" for text in (sample.persona, sample.theme))
+    system, opening, closing = _PIECES[style](
+        sample, traits, theme, max_labels, thinking, _notes(sample.inventory) if descriptions else ()
+    )
+    user = [*opening, *(("data", line) for line in _lines(sample.history, style)), *closing]
+    return "".join(text for _, text in system), "".join(text for _, text in user)
+
+
 def encode_history(
     history: Sequence[tuple[str, str]], codec: TextCodec, *, style: str = "full"
 ) -> tuple[tuple[int, ...], ...]:
     """Ids of each line `Speaker: text`, numbered but in the style "dialogue"; those of turn n do not depend
     on any other turn."""
+    return tuple(tuple(codec.encode_data(line)) for line in _lines(history, style))
+
+
+def _lines(history: Sequence[tuple[str, str]], style: str) -> Iterator[str]:
     number = {"full": "{}. ", "brief": "{} ", "dialogue": ""}[style]
-    return tuple(
-        tuple(codec.encode_data(f"{number.format(turn)}{_clean(speaker)}: {_clean(text)}\n"))
-        for turn, (speaker, text) in enumerate(history, 1)
-    )
+    for turn, (speaker, text) in enumerate(history, 1):
+        yield f"{number.format(turn)}{_clean(speaker)}: {_clean(text)}\n"
 
 
 def _window_start(lines: Sequence[Sequence[int]], room: int) -> int | None:
@@ -193,9 +223,10 @@ def _clean(text: str) -> str:
 
 
 def _full_pieces(
-    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool
+    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool, notes: Notes
 ) -> tuple[list[Piece], list[Piece], list[Piece]]:
     """Pieces of the system message, of the user message before the history, and after it."""
+    about = _clean(sample.about or "")
     system = [
         ("markup", "You are"),
         ("data", f" {_clean(sample.responder)}"),
@@ -212,8 +243,11 @@ def _full_pieces(
     closing = [
         ("markup", "\nLast turn:"),
         ("data", f" #{len(sample.history)} by {_clean(sample.target_speaker)}"),
+        *([("markup", "\nAbout the speaker of it:"), ("data", f" {about}")] if about else []),
         ("markup", "\nEmotion labels:"),
         ("data", f" {', '.join(map(_clean, sample.inventory))}"),
+        *([("markup", "\nWhat the labels mean:")] if notes else []),
+        *(("data", f"\n- {label}: {words}") for label, words in notes),
         *_rules(tuple(sample.inventory), max_labels, thinking),
     ]
     return system, opening, closing
@@ -268,21 +302,35 @@ the show.":
 
 
 def _brief_pieces(
-    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool
+    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool, notes: Notes
 ) -> tuple[list[Piece], list[Piece], list[Piece]]:
     responder = _clean(sample.responder)
     system = [("data", f"{responder}: {traits}" if traits else responder)]
     opening = [("data", f"[{theme}]\n")] if theme else []
     labels = " ".join(map(_clean, sample.inventory))
     last = f"#{len(sample.history)} {_clean(sample.target_speaker)}"
-    closing = [("data", f"{labels} {max_labels}\n"), ("data", f"{last}, {responder}")]
+    closing = [("data", f"{labels} {max_labels}\n")]
+    closing += [("data", f"{label}: {words}\n") for label, words in notes]
+    about = _clean(sample.about or "")
+    closing += [("data", f"{last}, {responder}"), *([("data", f"\n{about}")] if about else [])]
     return system, opening, closing
 
 
 def _dialogue_pieces(
-    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool
+    sample: Sample, traits: str, theme: str, max_labels: int, thinking: bool, notes: Notes
 ) -> tuple[list[Piece], list[Piece], list[Piece]]:
     responder = _clean(sample.responder)
     system = [("data", f"{' '.join(map(_clean, sample.inventory))} {max_labels}")]
+    # Of the data set and not of the turn, so that they may stand before the trunk.
+    system += [("data", f"\n{label}: {words}") for label, words in notes]
     opening = [("data", f"[{theme}]\n")] if theme else []
-    return system, opening, [("data", f"> {responder}: {traits}" if traits else f"> {responder}")]
+    about = _clean(sample.about or "")
+    closing = [("data", f"({about})\n")] if about else []
+    return system, opening, [*closing, ("data", f"> {responder}: {traits}" if traits else f"> {responder}")]
+
+
+_PIECES = {"full": _full_pieces, "brief": _brief_pieces, "dialogue": _dialogue_pieces}
+
+
+def _notes(inventory: Sequence[str]) -> Notes:
+    return tuple((label, LABEL_NOTES[label]) for label in inventory if label in LABEL_NOTES)

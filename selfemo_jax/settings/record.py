@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from selfemo_jax.settings.numbers import Count, Natural
+from selfemo_jax.settings.numbers import Count, Natural, Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,12 @@ class Eval:
     """Prompts decoded at once."""
     final_splits: list[str] = field(default_factory=lambda: ["dev", "test"])
     """Splits scored whole when training ends."""
+    temperature: Positive = 1.0
+    """Of the answers that `evaluate --samples` draws."""
+    top_p: Share = 1.0
+    """Their nucleus; 1: all tokens."""
+    top_k: Natural = 0
+    """Their likeliest tokens; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
     python tests/data/file_server.py FOLDER [--faults FILE:FAULT,...]
 
-Prints its port. FAULT is one of 404, 500 (on every request), once (500 on the first request), cut (half of the body
-under the full length), changed (another byte), empty. Every request is one line of FOLDER/requests.log.
+Prints its port. FAULT is one of 404, 500 (on every request), once (500 on the first request), cut (half of
+the body under the full length), changed (another byte), empty. Every request is one line of
+FOLDER/requests.log.
 """
 
 import argparse

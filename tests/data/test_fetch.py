@@ -1,4 +1,5 @@
-"""Downloads against a server of another process: what arrives whole is kept, and nothing else leaves a trace."""
+"""Downloads against a server of another process: what arrives whole is kept, and nothing else leaves a
+trace."""
 
 import hashlib
 import socket
