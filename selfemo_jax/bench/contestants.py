@@ -71,6 +71,10 @@ def contestants(
                 Contestant(side="trl", phase=phase, layout="", label=f"TRL {cache}", cache=cache)
                 for cache in ("dynamic", "static")
             ]
+            if settings.torch_compile != "off":
+                found.append(
+                    Contestant(side="trl", phase=phase, layout="", label="TRL dynamic compiled", compile=True)
+                )
     return found
 
 

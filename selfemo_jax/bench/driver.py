@@ -255,6 +255,10 @@ class Driver:
         bound = 1e-3 if settings.dtype == "float32" else 5e-2
         if norms and max(norms.values()) > (1 + bound) * min(norms.values()):
             raise Disagreement(f"{phase}: gradient norms differ by more than {bound:.1%}: {norms}")
+        tokens = {label: found["tokens"] for label, found in values.items() if "tokens" in found}
+        expected = settings.groups * settings.group_size * settings.completion
+        if set(tokens.values()) - {expected}:
+            raise Disagreement(f"{phase}: {expected} tokens were to be sampled, found {tokens}")
         greedy = {label: found["greedy"] for label, found in values.items() if "greedy" in found}
         if settings.dtype == "float32" and greedy:
             reference = next(iter(greedy.values()))

@@ -254,6 +254,7 @@ class JaxSide:
                 "update_s": updated - scored,
                 "refresh_s": ended - updated,
                 "step_loss": metrics["loss"],
+                "tokens": sum(len(one.token_ids) for group in groups for one in group.completions),
             }
 
         return whole_step

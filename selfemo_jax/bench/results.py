@@ -26,7 +26,8 @@ def measured(phase: str, seconds: Sequence[float], *, tokens: int | None, flops:
         "min_s": min(seconds),
         "max_s": max(seconds),
         "tokens": tokens,
-        "tokens_per_s": None if tokens is None else tokens / median,
+        # Decoding is a difference of two runs: where it is below the noise there is no rate.
+        "tokens_per_s": None if tokens is None or median <= 0 else tokens / median,
         "flops": flops,
     }
 
@@ -98,7 +99,10 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
         rivals |= {row["label"]: row for row in theirs[:1]}
         rivals |= {row["label"]: row for row in same if row["side"] == "trl"}
         for label, row in rivals.items():
-            by_round = [b / a for a, b in zip(ours["seconds"], row["seconds"], strict=False)]
+            pairs = list(zip(ours["seconds"], row["seconds"], strict=False))
+            if min(map(min, pairs)) <= 0:
+                continue
+            by_round = [b / a for a, b in pairs]
             one = {
                 "phase": ours["phase"], "point": ours["point"], "ours": ours["label"], "theirs": label,
                 "median": statistics.median(by_round), "min": min(by_round), "max": max(by_round),
@@ -122,14 +126,14 @@ def growth(rows: Sequence[Row]) -> list[dict[str, Any]]:
     lines = sorted({(row["phase"], row["side"], row["layout"]) for row in rows})
     for name in names:
         for line in lines:
-            of_line = [r for r in rows if (r["phase"], r["side"], r["layout"]) == line]
+            of_line = [r for r in rows if (r["phase"], r["side"], r["layout"]) == line and r["median_s"] > 0]
             swept = {r["point"][name]: r["median_s"] for r in of_line if name in r["point"]}
             base = [r for r in of_line if not r["point"]]
             if base and swept:
                 swept[base[0]["base"][name]] = base[0]["median_s"]
             if len(swept) < 2:
                 continue
-            x, y = [math.log(v) for v in swept], [math.log(max(s, 1e-9)) for s in swept.values()]
+            x, y = [math.log(v) for v in swept], [math.log(s) for s in swept.values()]
             slope = statistics.linear_regression(x, y).slope
             phase, side, layout = line
             found.append(
@@ -189,7 +193,7 @@ def _measures(result: Mapping[str, Any], by: str) -> dict[str, float]:
     # The fastest of PyTorch may be another way than before: the seat is what is compared.
     rows = ((_name(row["phase"], f"{row['side']} {row['layout']}".strip(), row["point"]), value(row))
             for row in result["rows"])  # fmt: skip
-    return {name: seconds for name, seconds in rows if seconds}
+    return {name: seconds for name, seconds in rows if seconds and seconds > 0}
 
 
 def _name(phase: str, who: str, point: Mapping[str, int]) -> str:

@@ -15,29 +15,8 @@ import numpy as np
 from selfemo_jax.data.batching import PackedBatch, TrainSequence
 from selfemo_jax.data.dialogues import heaviest_label
 from selfemo_jax.data.inputs import Sample
+from selfemo_jax.data.label_table import LabelTable
 from selfemo_jax.data.prompts import Prompt, TextCodec, completion_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelTable:
-    """The labels of all sets, one after the other; a target is a position in it. Hashable."""
-
-    names: tuple[tuple[str, str], ...]
-    """(data set, label)."""
-    token_ids: tuple[int, ...]
-    """The token that tells the label apart from the others of its set."""
-    sets: tuple[int, ...]
-    """Number of the label's set."""
-    openings: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Data set -> ids of an answer up to that token."""
-
-    def opening(self, dataset: str) -> tuple[int, ...]:
-        """Ids between the prompt and the label."""
-        return dict(self.openings)[dataset]
-
-    def index(self, dataset: str, label: str) -> int:
-        """Position of a label."""
-        return self.names.index((dataset, label))
 
 
 @dataclass(frozen=True, kw_only=True)

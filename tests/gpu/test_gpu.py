@@ -3,7 +3,7 @@
     python -m pytest --noconftest -m gpu -s tests/gpu
 
 The suite's own settings put JAX on the CPU and need packages that a GPU machine may lack, hence
-`--noconftest`.
+`--noconftest`; jax, flax, optax, orbax and pytest are enough.
 """
 
 import dataclasses
@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfemo_jax.config import Loss, Optim
-from selfemo_jax.data.batching import gather
-from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.decoder import Compute, init_params
-from selfemo_jax.model.sharding import make_mesh
-from selfemo_jax.rollout.engine import Request, Sampling
-from selfemo_jax.rollout.jax_engine import JaxEngine
-from selfemo_jax.train_step import born_sharded, make_steps, sequence_logprobs, update
-from tests.model.tiny import arrays, logprobs_of, objective, packed, sequences
+from selfemo_jax.bench.light import without_jaxtyping
+
+without_jaxtyping()
+
+from selfemo_jax.config import Loss, Optim  # noqa: E402
+from selfemo_jax.data.batching import gather  # noqa: E402
+from selfemo_jax.model.config import ModelConfig  # noqa: E402
+from selfemo_jax.model.decoder import Compute, init_params  # noqa: E402
+from selfemo_jax.model.sharding import make_mesh  # noqa: E402
+from selfemo_jax.rollout.engine import Request, Sampling  # noqa: E402
+from selfemo_jax.rollout.jax_engine import JaxEngine  # noqa: E402
+from selfemo_jax.train_step import born_sharded, make_steps, sequence_logprobs, update  # noqa: E402
+from tests.model.tiny import arrays, logprobs_of, objective, packed, sequences  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -128,6 +128,7 @@ def step_run(case: dict[str, Any], device: torch.device) -> Callable[[], dict[st
             "reference_s": scored - sampled,
             "update_s": time.perf_counter() - scored,
             "step_loss": values["loss"],
+            "tokens": found.numel(),
         }
 
     return run

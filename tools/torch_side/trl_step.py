@@ -18,13 +18,14 @@ def trl_run(case: dict[str, Any], device: torch.device) -> Callable[[], dict[str
 
     folder = tempfile.TemporaryDirectory(prefix="bench_trl")
     prompts = json.loads((Path(case["folder"]) / "prompts.json").read_text())
-    trainer = _trainer(trl, case, prompts, folder.name, device)
     gate = Gate()
+    trainer = _trainer(trl, case, prompts, folder.name, device, gate)
     trainer.add_callback(gate.callback())
     thread = threading.Thread(target=gate.train, args=(trainer,), daemon=True)
     thread.start()
 
     def run() -> dict[str, float]:
+        # Held here, the folder lives as long as the trainer needs it.
         assert folder.name
         return gate.step()
 
@@ -32,7 +33,7 @@ def trl_run(case: dict[str, Any], device: torch.device) -> Callable[[], dict[str
 
 
 def _trainer(
-    trl: Any, case: dict[str, Any], prompts: list[list[int]], folder: str, device: torch.device
+    trl: Any, case: dict[str, Any], prompts: list[list[int]], folder: str, device: torch.device, gate: "Gate"
 ) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -55,6 +56,7 @@ def _trainer(
     texts = [{"prompt": " ".join(f"t{token}" for token in prompt)} for prompt in prompts]
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        gate.num_tokens = sum(map(len, completion_ids))
         return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
     return trl.GRPOTrainer(
@@ -79,6 +81,8 @@ class Gate:
     def __init__(self):
         self._go: queue.Queue[bool] = queue.Queue()
         self._done: queue.Queue[Any] = queue.Queue()
+        self.num_tokens = 0
+        """Tokens sampled in the newest step."""
 
     def callback(self) -> Any:
         """Waits before each step, answers after it."""
@@ -111,4 +115,4 @@ class Gate:
         failed = self._done.get()
         if failed is not None:
             raise failed
-        return {"step_s": time.perf_counter() - began}
+        return {"step_s": time.perf_counter() - began, "tokens": self.num_tokens}

@@ -1,0 +1,179 @@
+"""Ratios, growth, and the comparison with an earlier result, on numbers that are known."""
+
+import copy
+
+import pytest
+
+from selfemo_jax.bench.contestants import Contestant, contestants
+from selfemo_jax.bench.driver import Disagreement, Driver, _Opened
+from selfemo_jax.bench.results import assemble, compare, growth, measured, ratios
+from selfemo_jax.bench.settings import BenchSettings
+from selfemo_jax.bench.show import plot, show, show_changes
+
+SIDE = {"device": "cpu", "num_devices": 1, "cores": 2, "platform": "cpu", "versions": {"x": "1"}}
+
+
+def row(
+    side: str, label: str, layout: str, seconds: list[float], *, phase="rl_update", point=None, **more
+) -> dict:
+    return {
+        "side": side, "label": label, "layout": layout, "point": point or {}, "base": {"groups": 4},
+        "devices": 1, "build_s": 0.1, "first_s": 2.0, "cpu_seconds": [2 * s for s in seconds],
+        **measured(phase, seconds, tokens=100, flops=2e9), **more,
+    }  # fmt: skip
+
+
+def result(rows: list[dict]) -> dict:
+    return assemble(
+        BenchSettings(), rows=rows, sides={"jax": SIDE, "torch": SIDE}, left_out=[], unavailable=[],
+        peak={"flops_per_s": 1e10, "source": "test"}, began="now",
+        load={"before": (1.0, 1.0, 1.0), "after": (1.0, 1.0, 1.0)},
+    )  # fmt: skip
+
+
+ROWS = [
+    row("jax", "jax separate", "separate", [1.0, 2.0, 1.0]),
+    row("jax", "jax shared_prefix", "shared_prefix", [0.5, 0.5, 0.5]),
+    row("torch", "torch separate eager", "separate", [2.0, 2.0, 3.0]),
+    row("torch", "torch shared_prefix compiled", "shared_prefix", [1.0, 1.5, 1.0]),
+]
+
+
+def test_ratios_are_taken_round_by_round_against_the_same_rows_and_the_fastest():
+    found = {(one["ours"], one["theirs"]): one for one in ratios(ROWS)}
+    assert set(found) == {
+        ("jax separate", "torch separate eager"),
+        ("jax separate", "torch shared_prefix compiled"),
+        ("jax shared_prefix", "torch shared_prefix compiled"),
+    }
+    one = found["jax separate", "torch separate eager"]
+    assert (one["median"], one["min"], one["max"], one["fastest_torch"]) == (2.0, 1.0, 3.0, False)
+    assert one["cpu_median"] == 2.0
+    assert found["jax shared_prefix", "torch shared_prefix compiled"]["fastest_torch"]
+
+
+def test_trl_is_compared_beside_the_fastest():
+    rows = [
+        row("jax", "jax", "", [1.0, 1.0], phase="rl_step"),
+        row("torch", "torch", "", [3.0, 3.0], phase="rl_step"),
+        row("trl", "TRL", "", [4.0, 6.0], phase="rl_step"),
+    ]
+    assert {one["theirs"]: one["median"] for one in ratios(rows)} == {"torch": 3.0, "TRL": 5.0}
+
+
+def test_a_decode_below_the_noise_has_no_rate_and_no_ratio():
+    rows = [
+        row("jax", "jax", "", [-0.1, 0.1, -0.2], phase="decode"),
+        row("torch", "torch", "", [1.0, 1.0, 1.0], phase="decode"),
+    ]
+    assert rows[0]["tokens_per_s"] is None
+    assert ratios(rows) == [] and "mfu" not in result(rows)["rows"][0]
+
+
+def test_mfu_is_by_the_median():
+    assert result(copy.deepcopy(ROWS))["rows"][0]["mfu"] == pytest.approx(2e9 / 1e10)
+
+
+def test_growth_is_the_exponent_and_takes_the_unswept_point_along():
+    rows = [
+        row(
+            "jax",
+            "jax separate",
+            "separate",
+            [2.0 * (n / 4) ** 1.5] * 2,
+            point={} if n == 4 else {"groups": n},
+        )
+        for n in (2, 4, 8)
+    ]
+    (found,) = growth(rows)
+    assert found["exponent"] == pytest.approx(1.5)
+    assert list(found["seconds"]) == ["2", "4", "8"]
+
+
+def test_a_regression_beyond_the_threshold_is_found_and_one_within_is_not():
+    old = result(copy.deepcopy(ROWS))
+    slower = copy.deepcopy(ROWS)
+    slower[0] = row("jax", "jax separate", "separate", [1.2, 1.3, 1.2])
+    changes, missing = compare(old, result(slower), threshold=0.1, by="seconds")
+    assert [(one["what"], one["regressed"]) for one in changes][0] == ("rl_update: jax separate", True)
+    assert sum(one["regressed"] for one in changes) == 1 and not missing
+    changes, _ = compare(old, result(slower), threshold=0.25, by="seconds")
+    assert not any(one["regressed"] for one in changes)
+
+
+def test_a_machine_twice_as_slow_is_no_regression_by_ratio():
+    old = result(copy.deepcopy(ROWS))
+    halved = [r | measured("rl_update", [2 * s for s in r["seconds"]], tokens=1, flops=1.0) for r in ROWS]
+    new = result(halved)
+    new["sides"] = {name: SIDE | {"cores": 1} for name in new["sides"]}
+    with pytest.raises(ValueError, match="use --compare_by ratio"):
+        compare(old, new, threshold=0.1, by="seconds")
+    changes, _ = compare(old, new, threshold=0.1, by="ratio")
+    assert changes and all(one["change"] == pytest.approx(0.0) for one in changes)
+
+
+def test_results_of_other_settings_are_refused_and_missing_rows_are_told():
+    old, new = result(copy.deepcopy(ROWS)), result(copy.deepcopy(ROWS[:3]))
+    assert compare(old, new, threshold=0.1, by="seconds")[1] == ["rl_update: torch shared_prefix"]
+    new["settings"]["prompt"] = 99
+    with pytest.raises(ValueError, match="differ in prompt"):
+        compare(old, new, threshold=0.1, by="seconds")
+
+
+def opened(**values: dict) -> list[_Opened]:
+    return [
+        _Opened(
+            who=Contestant(side="jax", phase="rl_update", layout="separate", label=label),
+            first={"values": found},
+        )
+        for label, found in values.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ({"loss": 0.5}, {"loss": 0.50002}, "losses differ by more than 1e-05"),
+        ({"loss": 0.5, "grad_norm": 2.0}, {"loss": 0.5, "grad_norm": 2.01}, "gradient norms differ"),
+        ({"tokens": 1920}, {"tokens": 1919}, "1920 tokens were to be sampled"),
+        ({"greedy": [1, 2, 3, 4]}, {"greedy": [1, 2, 3, 5]}, "75% of the greedy tokens"),
+    ],
+)
+def test_sides_that_compute_something_else_are_not_timed(tmp_path, a, b, words):
+    driver = Driver(BenchSettings(), tmp_path, tmp_path, print)
+    driver._check(opened(a=a, b=dict(a)), BenchSettings())
+    with pytest.raises(Disagreement, match=words):
+        driver._check(opened(a=a, b=b), BenchSettings())
+
+
+def test_torch_takes_part_in_every_way_that_fits():
+    on_gpu = ("sdpa", "flex_attention", "flash_attention_2")
+    settings = BenchSettings(dtype="bfloat16", platform="gpu")
+    rows = contestants("rl_update", settings, attentions=on_gpu, trl=False)
+    ways = {(one.layout, one.attention) for one in rows if one.side == "torch"}
+    assert ways == {
+        ("separate", "sdpa"), ("separate", "flash_attention_2"),
+        ("packed", "sdpa"), ("packed", "flex_attention"), ("packed", "flash_attention_2"),
+        ("shared_prefix", "sdpa"), ("shared_prefix", "flex_attention"),
+    }  # fmt: skip
+    assert {one.compile for one in rows if one.side == "torch"} == {False, True}
+    alone = contestants("rl_step", BenchSettings(backend="jax"), attentions=("sdpa",), trl=True)
+    assert [one.side for one in alone] == ["jax"]
+    steps = contestants("rl_step", BenchSettings(), attentions=("sdpa",), trl=True)
+    assert {one.side for one in steps} == {"jax", "torch", "trl"}
+
+
+def test_tables_and_a_picture_come_of_a_result(tmp_path):
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    swept = [row("jax", "jax separate", "separate", [3.0, 3.0], point={"groups": 8})]
+    found = result(copy.deepcopy(ROWS) + swept)
+    console = Console(file=out, width=200)
+    show(found, console)
+    show_changes(*compare(found, found, threshold=0.1, by="seconds"), console)
+    assert "jax shared_prefix" in out.getvalue() and "groups^" in out.getvalue()
+    plot(found, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
