@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from selfemo_jax.algo.losses import largest_gap, policy_loss, rollout_gap, sft_loss
 from selfemo_jax.config import Loss, Optim
 from selfemo_jax.data.batching import PackedBatch, micro_batches
-from selfemo_jax.data.label_rows import LabelTable
+from selfemo_jax.data.label_table import LabelTable
 from selfemo_jax.model import adapters
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
