@@ -10,6 +10,8 @@ outside the grammar is wrong. Beside each score stand the invalid rate, lenient 
 always answering with the most frequent training label; beside the sets of the paper its Table 1.
 """
 
+import selfemo_jax.allocator  # noqa: F401, I001 - before NumPy starts threads
+
 import json
 import sys
 import time

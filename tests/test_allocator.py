@@ -1,0 +1,50 @@
+"""Temporaries of a compiled step must not be given back to the kernel after each call."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import micro
+
+FAULTS = """
+import json, resource, sys
+done = False
+if sys.argv[1] == "kept":
+    from selfemo_jax.allocator import KEPT as done
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 8192))  # 128 MiB, and as much for each temporary
+step = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ jnp.ones((8192, 8)), axis=0).sum())
+for _ in range(8):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step(x).block_until_ready()
+print(json.dumps([done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
+"""
+
+
+def faults(word: str, **more: str) -> tuple[bool, int]:
+    text = subprocess.run(
+        [sys.executable, "-c", FAULTS, word],
+        env=micro.environment() | more,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return tuple(json.loads(text.splitlines()[-1]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_a_step_pays_for_its_memory_once():
+    _, returned = faults("returned")
+    done, kept = faults("kept")
+    assert done
+    assert returned > 8 * 32768 // 2  # each call maps its 128 MiB of temporaries again
+    assert kept < returned / 20
+
+
+def test_an_allocator_that_the_user_set_is_left_alone():
+    done, _ = faults("kept", MALLOC_ARENA_MAX="2")
+    assert not done
