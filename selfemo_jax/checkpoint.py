@@ -75,7 +75,7 @@ class StateStore:
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         restored = self._manager.restore(global_step, args=args)["state"]
-        return restored.replace(params={**like.params, **restored.params})
+        return replace(restored, params={**like.params, **restored.params})
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
@@ -89,7 +89,7 @@ class StateStore:
 
 def _without_base(state: TrainState) -> TrainState:
     """The state as it is saved: of a policy with adapters those alone, as the base never changes."""
-    return state.replace(params=split(state.params)[0]) if is_adapted(state.params) else state
+    return replace(state, params=split(state.params)[0]) if is_adapted(state.params) else state
 
 
 def save_weights(

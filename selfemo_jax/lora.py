@@ -1,4 +1,4 @@
-"""Adapters on disk, in the format of Hugging Face's PEFT: a folder that `peft.PeftModel.from_pretrained` takes.
+"""Adapters on disk, in the format of Hugging Face's PEFT: a folder for `peft.PeftModel.from_pretrained`.
 
 ``adapter_config.json`` names rank, alpha and modules; ``adapter_model.safetensors`` holds two float32 tensors
 for each module of each layer. A phase of a run reads its adapters back from it, bit for bit.
@@ -69,8 +69,8 @@ def read_adapters(folder: Path, model: ModelConfig, lora: Lora) -> dict[str, Any
     found = (settings.get("r"), settings.get("lora_alpha"), sorted(settings.get("target_modules") or ()))
     if found != (lora.rank, lora.alpha, modules):
         raise ValueError(
-            f"{folder}: adapters of rank {found[0]}, alpha {found[1]} for {', '.join(found[2])}; the settings "
-            f"say lora.rank {lora.rank}, lora.alpha {lora.alpha}, {', '.join(modules)}"
+            f"{folder}: adapters of rank {found[0]}, alpha {found[1]} for {', '.join(found[2])}; the "
+            f"settings say lora.rank {lora.rank}, lora.alpha {lora.alpha}, {', '.join(modules)}"
         )
     stored, problems = read_header(folder / WEIGHTS_NAME)
     if problems:

@@ -8,7 +8,7 @@ All functions compile once: micro-batches have one shape. Shape letters: B rows,
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selfemo_jax.algo.losses import largest_gap, policy_loss, rollout_gap, sft_loss
 from selfemo_jax.config import Loss, Optim
-from selfemo_jax.data.batching import PackedBatch, micro_batches
+from selfemo_jax.data.batching import PackedBatch, is_target, micro_batches, target_width
 from selfemo_jax.data.label_table import LabelTable
 from selfemo_jax.model import adapters
 from selfemo_jax.model.config import ModelConfig
@@ -35,6 +35,7 @@ from selfemo_jax.model.decoder import (
 )
 from selfemo_jax.model.freeze import check_frozen, join, put_back, split, split_spec
 from selfemo_jax.model.sharding import batch_sharding, param_shardings
+from selfemo_jax.optimizer import make_optimizer
 from selfemo_jax.settings.model import Freeze, Lora
 
 Sums = dict[str, jax.Array]
@@ -74,7 +75,7 @@ class Steps:
     rl_gradients: Callable[..., Accumulator]
     label_gradients: Callable[..., Accumulator]
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    logprobs: Callable[[Params, dict[str, jax.Array]], jax.Array]
+    logprobs: Callable[..., jax.Array]
     label_choices: Callable[[Params, dict[str, jax.Array]], jax.Array]
     """Index of the best label of the target's set at each position, int32 ``[B, T]``."""
 
@@ -86,27 +87,6 @@ class NonFiniteError(RuntimeError):
     def __init__(self, message: str, state: TrainState):
         super().__init__(message)
         self.state = state
-
-
-def learning_rate(optim: Optim, *, step: int, total_steps: int) -> float:
-    """The rate of a phase's ``step`` (from 0): linear warm-up, then constant, cosine or linear decay to 0."""
-    warmup = optim.warmup * total_steps
-    if step < warmup:
-        return optim.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1.0, total_steps - warmup)
-    if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1.0 + float(np.cos(np.pi * progress)))
-    return optim.lr * (1.0 - progress) if optim.schedule == "linear" else optim.lr
-
-
-def make_optimizer(optim: Optim) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) after clipping by the global norm, without its rate, which each step
-    passes."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype="float32"),
-        optax.add_decayed_weights(optim.weight_decay),
-    )
 
 
 def born_sharded(model: ModelConfig, mesh: Mesh, *, seed: int, dtype: str) -> Params:
@@ -179,14 +159,16 @@ def make_steps(
             sharding=hidden_sharding,
         )
 
-    def batch_logprobs(params: Params, batch: dict[str, jax.Array], temperature: float):
-        hidden = batch_hidden(params, batch)
+    def batch_logprobs(params: Params, batch: dict[str, jax.Array], temperature: float, width: int | None):
+        hidden, targets = batch_hidden(params, batch), batch["targets"]
+        settings = {"temperature": temperature, "budget_bytes": budget}
+        wanted = is_target(batch["token_weights"], targets)
         return token_logprobs(
-            params, model, compute, hidden, batch["targets"], temperature=temperature, budget_bytes=budget
+            params, model, compute, hidden, targets, wanted=wanted, width=width, **settings
         )
 
-    def sft_objective(params, batch):
-        logprobs, entropy = batch_logprobs(params, batch, 1.0)
+    def sft_objective(params, batch, *, width=None):
+        logprobs, entropy = batch_logprobs(params, batch, 1.0, width)
         total, sums = sft_loss(logprobs, batch["token_weights"])
         mask = batch["token_weights"] != 0
         entropy = jnp.sum(jax.lax.stop_gradient(entropy), where=mask)
@@ -208,8 +190,8 @@ def make_steps(
         right = jnp.sum(jnp.argmax(logprobs, axis=-1) == batch["targets"], where=mask)
         return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | {"accuracy": (right, mask.sum())})
 
-    def rl_objective(params, batch, *, on_policy: bool):
-        logprobs, entropy = batch_logprobs(params, batch, temperature)
+    def rl_objective(params, batch, *, on_policy: bool, width=None):
+        logprobs, entropy = batch_logprobs(params, batch, temperature, width)
         if loss.entropy_coef == 0:
             # The metric needs no gradient, and a product with 0 would still compute one over the vocabulary.
             entropy = jax.lax.stop_gradient(entropy)
@@ -252,13 +234,14 @@ def make_steps(
 
     out = Accumulator(gradients=trained_weights, sums=whole)
 
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
-    def sft_gradients(params, accumulator, batch):
-        return add(sft_objective, params, accumulator, batch)
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames="width")
+    def sft_gradients(params, accumulator, batch, *, width=None):
+        return add(functools.partial(sft_objective, width=width), params, accumulator, batch)
 
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames="on_policy")
-    def rl_gradients(params, accumulator, batch, *, on_policy: bool):
-        return add(functools.partial(rl_objective, on_policy=on_policy), params, accumulator, batch)
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames=("on_policy", "width"))
+    def rl_gradients(params, accumulator, batch, *, on_policy: bool, width=None):
+        objective = functools.partial(rl_objective, on_policy=on_policy, width=width)
+        return add(objective, params, accumulator, batch)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
     def label_gradients(params, accumulator, batch):
@@ -279,12 +262,12 @@ def make_steps(
     def apply_to_adapters(state: TrainState, accumulator: Accumulator, rate):
         """The base is neither given away nor copied: it is also the reference policy."""
         trained, base = parted(state.params)
-        stepped, checks = apply(state.replace(params=trained), accumulator, rate)
-        return stepped.replace(params={**base, **stepped.params}), checks
+        stepped, checks = apply(replace(state, params=trained), accumulator, rate)
+        return replace(stepped, params={**base, **stepped.params}), checks
 
-    @functools.partial(jax.jit, out_shardings=whole)  # Every process reads all rows.
-    def logprobs(params, batch):
-        return batch_logprobs(params, batch, temperature)[0]
+    @functools.partial(jax.jit, out_shardings=whole, static_argnames="width")  # Every process reads all rows.
+    def logprobs(params, batch, *, width=None):
+        return batch_logprobs(params, batch, temperature, width)[0]
 
     @functools.partial(jax.jit, out_shardings=whole)  # Every process reads all rows.
     def label_choices(params, batch):
@@ -353,14 +336,17 @@ def update(
     Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError, which
     names ``where`` (the step), holds the state with its weights and moments untouched.
     """
-    accumulator = steps.zeros[kind]()
+    accumulator, width = steps.zeros[kind](), target_width(batch)
     for part in micro_batches(batch, micro_rows=micro_rows):
         on_mesh = device_batch(part, steps.mesh)
-        if kind != "rl":
-            gradients = steps.sft_gradients if kind == "sft" else steps.label_gradients
-            accumulator = gradients(state.params, accumulator, on_mesh)
+        if kind == "sft":
+            accumulator = steps.sft_gradients(state.params, accumulator, on_mesh, width=width)
+        elif kind == "labels":
+            accumulator = steps.label_gradients(state.params, accumulator, on_mesh)
         else:
-            accumulator = steps.rl_gradients(state.params, accumulator, on_mesh, on_policy=on_policy)
+            accumulator = steps.rl_gradients(
+                state.params, accumulator, on_mesh, on_policy=on_policy, width=width
+            )
     sums = accumulator.sums
     means = jax.tree.map(lambda pair: pair[0] / jnp.where(pair[1] > 0, pair[1], 1.0), sums)
     state, checks = steps.apply(state, accumulator, rate)
@@ -374,10 +360,14 @@ def update(
     return state, metrics
 
 
-def sequence_logprobs(steps: Steps, params: Params, batch: PackedBatch, *, micro_rows: int) -> np.ndarray:
-    """Log-probability of every target under ``params``, float32 ``[B, T]`` on the host."""
-    parts = micro_batches(batch, micro_rows=micro_rows)
-    pending = [steps.logprobs(params, device_batch(part, steps.mesh)) for part in parts]
+def sequence_logprobs(
+    steps: Steps, params: Params, batch: PackedBatch, *, micro_rows: int, at_once: int = 1
+) -> np.ndarray:
+    """Log-probability of every target under ``params``, float32 ``[B, T]`` on the host, ``at_once``
+    micro-batches in a pass: nothing is kept for a backward pass here."""
+    width = target_width(batch)
+    parts = micro_batches(batch, micro_rows=micro_rows, at_once=at_once)
+    pending = [steps.logprobs(params, device_batch(part, steps.mesh), width=width) for part in parts]
     return np.concatenate(jax.device_get(pending), axis=0)
 
 

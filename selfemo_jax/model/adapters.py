@@ -119,7 +119,7 @@ def merge(params: Mapping[str, Any], *, dtype: str | None = None) -> dict[str, A
 
 
 def merged(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge` compiled, each weight laid out over the devices as the base's is; a plain tree passes through."""
+    """`merge` compiled, each weight laid out over the devices as the base's is; a plain tree passes."""
     if not is_adapted(params):
         return dict(params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, base_of(params))

@@ -55,9 +55,11 @@ def engine_over(world: World, **sidecar) -> VllmEngine:
     assert world.sidecar is not None
     borrowed = Borrowed(world.sidecar)
     settings = Settings(**({"dtype": "float32", "keep_versions": 1000} | sidecar))
-    return over(
-        lambda: borrowed, model_of(world), Rollout(engine="vllm", max_rows=16, sidecar=settings), world.root
-    )
+    rollout = Rollout(engine="vllm", max_rows=16, sidecar=settings)
+    engine = over(lambda: borrowed, model_of(world), rollout, world.root)
+    # The server started on a configuration that was written by hand.
+    engine._publisher._config = world.config
+    return engine
 
 
 def gap(world: World, params: Params, requests, groups: Mapping, *, temperature: float = 1.0) -> float:

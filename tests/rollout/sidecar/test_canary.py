@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU behind the trainer's engine: what is not the new version is found, and never serves."""
+"""Real vLLM on a CPU behind the trainer's engine: what is not the new version is found and never serves."""
 
 import contextlib
 import threading
@@ -118,7 +118,7 @@ def test_what_is_not_the_new_version_never_serves_and_the_one_before_does(tied, 
     said = []
     engine._say = said.append
     engine.update_policy(old, version=0)
-    requests = make_requests((5, 140), num=2)
+    requests = make_requests((5, 140), num=1)
     before = run(engine, requests, temperature=0.0)
     engine.take_metrics()
     newer = nudged(old, size=size)

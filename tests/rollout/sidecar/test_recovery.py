@@ -1,5 +1,6 @@
 """A real vLLM server that dies, and the one that comes after it; an untied model."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from selfemo_jax.rollout.engine import Sampling
+from tests.rollout.common import make_requests, run
 from tests.rollout.sidecar.client import Client
 from tests.rollout.sidecar.conftest import MAX_LEN, ROOT, World
+from tests.rollout.sidecar.engines import engine_over, gap, params_of
 from tests.rollout.sidecar.published import digest, hf_tensors
 from tests.rollout.sidecar.test_served import assert_same, reference
 
@@ -22,10 +26,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 def untied(tmp_path_factory, vllm_environment):
     world = World(tmp_path_factory.mktemp("untied"), vllm_environment, tied=False)
     try:
-        world.fresh = world.start().answers()
+        world.fresh = world.start(max_restarts=100).answers()
         yield world
     finally:
         world.close()
+
+
+@pytest.fixture(autouse=True)
+def first_restart(untied):
+    """Restarts of the tests before must not lengthen the wait before this one's."""
+    untied.sidecar._restarts = 0
 
 
 def session_of(pid: int) -> int:
@@ -120,6 +130,76 @@ def test_a_killed_engine_is_a_crash_and_the_restarted_server_takes_the_weights_a
     assert_same(again.answers(), before)
 
 
+def engine_process(server: int) -> int:
+    (engine,) = (pid for pid in session_members(server) if "EngineCore" in processes("")[pid])
+    return engine
+
+
+def stop_for_a_minute(server: int) -> None:
+    """Every process of the server hangs; who comes back after a minute finds another in its place."""
+    members = session_members(server)
+    for pid in members:
+        os.kill(pid, signal.SIGSTOP)
+
+    def go_on():
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                if session_of(pid) == server:
+                    os.kill(pid, signal.SIGCONT)
+
+    timer = threading.Timer(60.0, go_on)
+    timer.daemon = True
+    timer.start()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(lambda server: os.kill(engine_process(server), signal.SIGKILL), id="engine killed"),
+        pytest.param(lambda server: os.kill(server, signal.SIGKILL), id="server killed"),
+        pytest.param(stop_for_a_minute, id="server hangs for 60 s"),
+    ],
+)
+def test_rollouts_under_way_are_asked_again_and_come_from_the_recorded_weights(untied, fault, request):
+    params = params_of(untied, 2)
+    # Long enough for an answer of a busy machine, and well below the minute that the server hangs.
+    engine = engine_over(untied, request_timeout=30.0, health_timeout=10.0, retries=8, refresh_timeout=200.0)
+    try:
+        engine.update_policy(params_of(untied, 1), version=6)
+        engine.update_policy(params, version=7)
+        requests = make_requests((5, 140, 33, 9), num=4)
+        greedy = make_requests((5, 140), num=1)
+        expected = run(engine, greedy, temperature=0.0, max_tokens=40)
+        engine.take_metrics()
+        sampling = Sampling(max_tokens=300, temperature=1.0, stop_ids=())
+        found = {}
+
+        def ask():
+            found.update({group.request_id: group for group in engine.generate(requests, sampling)})
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        fault(server_of(untied.sidecar.replicas[0].process.pid))
+        asking.join(600)
+        took = time.monotonic() - began
+        assert len(found) == len(requests) and all(group.error is None for group in found.values())
+        groups = {name: group.completions for name, group in found.items()}
+        assert {c.policy_versions for group in groups.values() for c in group} == {(7,)}
+        assert gap(untied, params, requests, groups) < 1e-4
+        metrics = engine.take_metrics()
+        assert metrics["rollout/restarts"] == 1 and metrics["rollout/recovery_s"] > 0
+        recovery = metrics["rollout/recovery_s"]
+        print(
+            f"{request.node.callspec.id}: serving again {recovery:.1f} s after it was noticed, the last "
+            f"rollout {took:.1f} s after the fault"
+        )
+        assert run(engine, greedy, temperature=0.0, max_tokens=40) == expected
+    finally:
+        engine.close()
+
+
 def test_a_killed_trainer_leaves_no_vllm_process_also_after_a_refresh_by_safetensors(untied, tmp_path):
     script = (
         "import sys, time\nfrom pathlib import Path\n"
@@ -142,5 +222,7 @@ def test_a_killed_trainer_leaves_no_vllm_process_also_after_a_refresh_by_safeten
         trainer.kill()
         trainer.wait()
         trainer.stdout.close()
-    left = wait_for(lambda: not [*session_members(server), *session_members(int(keeper))], 10)
-    assert left, f"still running: {session_members(server)}"
+    killed = time.monotonic()
+    gone = wait_for(lambda: not [*session_members(server), *session_members(int(keeper))], 10)
+    assert gone, f"still running: {session_members(server)}"
+    print(f"trainer killed: nothing of its server is left after {time.monotonic() - killed:.1f} s")

@@ -19,7 +19,7 @@ from tests.rollout.sidecar.published import (
     random_weights,
 )
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm]
 
 
 def assert_same(first, second):
