@@ -1,11 +1,12 @@
 """Self-play to look at: the policy plays dialogues on in the terminal, and every turn is written down.
 
     python -m selfemo_jax.selfplay --checkpoint DIR [--num 20] [--split train] [--out FILE] [--a.b VALUE]
+    python -m selfemo_jax.selfplay stats RUN
 
 The checkpoint is a run's, a converted or a Hugging Face folder. A dialogue is played as a harvest plays it,
 with the same rules of acceptance, until a reply is rejected or it carries `flywheel.max_depth` generated
 turns; `--flywheel.tau 0` lets it go on whatever the reward. `--bench 16,64,256` measures turns per second
-instead.
+instead. `stats` measures the harvests that a training run left.
 """
 
 import functools
@@ -27,6 +28,7 @@ from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
 from selfemo_jax.run_inputs import encode_input
 from selfemo_jax.scoring import make_scorer
+from selfemo_jax.selfplay import stats
 from selfemo_jax.selfplay.flywheel import Candidate
 from selfemo_jax.selfplay.play import Turn, play_out
 from selfemo_jax.selfplay.show import follow, panel
@@ -43,9 +45,12 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Play; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] == "stats":
+        return stats.main(words[1:])
     try:
         config, command = load_config(
-            sys.argv[1:] if argv is None else argv,
+            words,
             prog="selfemo_jax.selfplay",
             flags=FLAGS,
             base=lambda command: find_checkpoint(command.extra["checkpoint"]).config_file,

@@ -82,14 +82,19 @@ class Candidate:
         }
 
 
-def best_rollout(scored: Scored, prompt: int) -> int | None:
-    """Index of the group's best valid rollout: highest r1, then r2, then the shorter, then the first; None
-    without one."""
+def ranked_rollouts(scored: Scored, prompt: int) -> list[int]:
+    """Indices of the group's valid rollouts, the best first: highest r1, then r2, then the shorter, then the
+    first."""
     valid = np.flatnonzero(scored.valid[prompt])
-    if not len(valid):
-        return None
     lengths = [len(completion.token_ids) for completion in scored.completions[prompt]]
-    return int(min(valid, key=lambda g: (-scored.r1[prompt, g], -scored.r2[prompt, g], lengths[g], g)))
+    return sorted(
+        map(int, valid), key=lambda g: (-scored.r1[prompt, g], -scored.r2[prompt, g], lengths[g], g)
+    )
+
+
+def best_rollout(scored: Scored, prompt: int) -> int | None:
+    """Index of the group's best valid rollout; None without one."""
+    return next(iter(ranked_rollouts(scored, prompt)), None)
 
 
 def harvest(
@@ -146,11 +151,10 @@ def _draft(
     policy_version: int | None,
     encode: Encode | None,
 ) -> Candidate:
-    """The best rollout of a prompt, with its child unless it is rejected by itself."""
-    parent, chosen = scored.samples[prompt], best_rollout(scored, prompt)
-    if policy_version is None:
-        policy_version = _version(scored.completions[prompt], chosen)
-    if chosen is None:
+    """The chosen rollout of a prompt, with its child unless it is rejected by itself."""
+    parent, ranked = scored.samples[prompt], ranked_rollouts(scored, prompt)
+    completions = scored.completions[prompt]
+    if not ranked:
         return Candidate(
             parent=parent,
             child=None,
@@ -158,46 +162,54 @@ def _draft(
             reply="",
             select={},
             completion_ids=(),
-            policy_version=policy_version,
+            policy_version=_newest(completions) if policy_version is None else policy_version,
         )
-    answer = scored.answers[prompt][chosen]
-    reply = normalise_reply(answer.response)
-    reason = rejection(answer, reply, parent, float(scored.r1[prompt, chosen]), config, index)
-    child = None
-    if reason is None:
-        child = extend(
-            parent,
-            answer,
-            reply,
-            iteration=iteration,
-            policy_version=policy_version,
-            personas=personas,
-            seed=config.seed,
+
+    def judge(g: int) -> Candidate:
+        answer = scored.answers[prompt][g]
+        reply = normalise_reply(answer.response)
+        reason = rejection(answer, reply, parent, float(scored.r1[prompt, g]), config, index)
+        version = _newest([completions[g]]) if policy_version is None else policy_version
+        child = None
+        if reason is None:
+            child = extend(
+                parent,
+                answer,
+                reply,
+                iteration=iteration,
+                policy_version=version,
+                personas=personas,
+                seed=config.seed,
+            )
+            if encode is not None and not _fits(child, encode):
+                child, reason = None, TOO_LONG
+        return Candidate(
+            parent=parent,
+            child=child,
+            reason=reason or "accepted",
+            reply=reply,
+            select={
+                "r1": float(scored.r1[prompt, g]),
+                "r2": float(scored.r2[prompt, g]),
+                "R": float(scored.rewards[prompt, g]),
+                "n_valid": len(ranked),
+            },
+            completion_ids=completions[g].token_ids,
+            policy_version=version,
+            emotion=dict(answer.emotion),
+            declared=dict(answer.self_emotion),
         )
-        if encode is not None and not _fits(child, encode):
-            child, reason = None, TOO_LONG
-    return Candidate(
-        parent=parent,
-        child=child,
-        reason=reason or "accepted",
-        reply=reply,
-        select={
-            "r1": float(scored.r1[prompt, chosen]),
-            "r2": float(scored.r2[prompt, chosen]),
-            "R": float(scored.rewards[prompt, chosen]),
-            "n_valid": int(scored.valid[prompt].sum()),
-        },
-        completion_ids=scored.completions[prompt][chosen].token_ids,
-        policy_version=policy_version,
-        emotion=dict(answer.emotion),
-        declared=dict(answer.self_emotion),
-    )
+
+    best = judge(ranked[0])
+    if config.flywheel.select == "reward":
+        return best
+    # The best is what is reported where none may become a turn.
+    return next((draft for g in ranked if (draft := judge(g)).child is not None), best)
 
 
-def _version(completions: Sequence[Completion], chosen: int | None) -> int:
-    """The newest policy that wrote the chosen completion, or any of the group; 0 for a lost group."""
-    part = completions if chosen is None else [completions[chosen]]
-    return max((version for completion in part for version in completion.policy_versions), default=0)
+def _newest(completions: Sequence[Completion]) -> int:
+    """The newest policy that wrote any of them; 0 for a lost group."""
+    return max((version for completion in completions for version in completion.policy_versions), default=0)
 
 
 def _fits(sample: Sample, encode: Encode) -> bool:

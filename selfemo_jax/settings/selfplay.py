@@ -135,6 +135,9 @@ class Flywheel:
     """Synthetic inputs kept per iteration at most."""
     tau: Share = 0.5
     """Least r1 of an accepted rollout."""
+    select: Literal["reward", "acceptable"] = "reward"
+    """Which rollout of a group is judged. reward: the best, whatever its reply; acceptable: the best of those
+    whose reply passes every rule, for policies that often say a single word."""
     max_depth: Count = 3
     """Generated turns a dialogue may carry."""
     max_share: Share = 0.5

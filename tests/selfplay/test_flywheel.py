@@ -322,6 +322,26 @@ def test_a_reply_that_is_too_long_does_not_make_a_shorter_one_a_duplicate():
     assert len(index) == 0 and [c.reason for c in played(step(*rows(REPLY)), index=index)] == ["accepted"]
 
 
+def test_of_the_acceptable_rollouts_the_best_is_chosen():
+    config = settings(flywheel={"select": "acceptable", "hygiene": {"min_words": 2}})
+    row = [
+        (SHORT, 1.0, 1.0),
+        (LONG, 0.6, 0.0),
+        (text([("joy", 1.0)], FEAR, REPLY), 0.6, 0.5),
+        (LONG, 0.4, 1.0),
+    ]
+    (found,) = played(step(row), config=config)
+    assert (found.reason, found.reply, found.select["r1"]) == ("accepted", REPLY, pytest.approx(0.6))
+    # What was said before is no choice, and where nothing is left the best one says why.
+    index = ReplyIndex([REPLY])
+    (found,) = played(step(row), config=config, index=index)
+    assert (found.reason, found.reply) == ("accepted", "Row, row, and do not look down.")
+    (found,) = played(step(row), config=config, index=index)
+    assert (found.reason, found.reply, found.child) == ("length", "Row.", None)
+    (found,) = played(step(row), config=settings(flywheel={"hygiene": {"min_words": 2}}))
+    assert (found.reason, found.reply) == ("length", "Row.")
+
+
 def test_without_a_version_each_candidate_has_that_of_its_rollout():
     scored = step(*rows(REPLY), [("no answer", 0.0, 0.0)], None)
     found = harvest(scored, settings(), ReplyIndex(), PERSONAS, iteration=1, policy_version=None)
