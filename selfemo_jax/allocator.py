@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     One arena without memory maps of its own, never trimmed. The number of arenas is fixed by the first
     thread, and NumPy starts threads when it is imported: hence the early import. Nothing is done where the
-    user set the allocator (``MALLOC_*``, ``GLIBC_TUNABLES``), where a GPU computes, or where the C library has no
-    mallopt.
+    user set the allocator (``MALLOC_*``, ``GLIBC_TUNABLES``), where a GPU computes, or where the C library has
+    no mallopt.
     """
     chosen_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     has_gpu = Path("/proc/driver/nvidia").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
