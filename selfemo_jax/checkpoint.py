@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import config_folder
+from selfemo_jax.distributed import barrier, is_first
 from selfemo_jax.model.adapters import is_adapted, split
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
@@ -97,15 +98,27 @@ def save_weights(
 ) -> None:
     """Write a converted folder: ``config.json``, the tokenizer's files, the parameters in Orbax's layout.
 
-    Written aside and renamed; an existing folder is replaced only when the new one is whole.
+    Written aside and renamed; an existing folder is replaced only when the new one is whole. Of several
+    processes each writes the arrays that its devices hold, the first one everything else.
     """
     folder = folder.absolute()
     part = folder.parent / f".{folder.name}.partial"
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
+    if is_first():
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+    barrier("weights")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
         checkpointer.save(part / PARAMS_NAME, args=ocp.args.PyTreeSave(params))
+    if is_first():
+        _complete(part, model, params, tokenizer=tokenizer, certificate=certificate)
+        _put_in_place(part, folder)
+    barrier("weights")
+
+
+def _complete(
+    part: Path, model: ModelConfig, params: Params, *, tokenizer: Path, certificate: dict[str, Any]
+) -> None:
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, part / name)
@@ -114,6 +127,9 @@ def save_weights(
     leaf = jax.tree.leaves(params)[0]
     (part / "config.json").write_text(json.dumps(config | {key: str(leaf.dtype)}, indent=1) + "\n")
     (part / "certificate.json").write_text(json.dumps({"format": 1} | certificate, indent=1) + "\n")
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
     # A process killed between the renames leaves the old folder behind.
     old = folder.parent / f".{folder.name}.old"
     shutil.rmtree(old, ignore_errors=True)

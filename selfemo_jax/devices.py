@@ -9,29 +9,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from selfemo_jax.distributed import local_share
 from selfemo_jax.model.sharding import make_mesh
-
-# XLA aborts the process when one simulated device is a minute late, which happens where many share few cores.
-_PATIENCE = {
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": "120",
-    "--xla_cpu_collective_call_terminate_timeout_seconds": "3600",
-}
+from selfemo_jax.xla_flags import with_applied
 
 
 def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
     """The mesh of the axes' sizes and a line that says what it is made of.
 
-    On a CPU, missing devices are simulated; on GPUs too few are a ValueError that says what was found.
+    On a CPU, missing devices are simulated; on GPUs too few are a ValueError that says what was found. Of
+    several processes each brings the same share of the mesh.
     """
     wanted = int(np.prod(list(axes.values())))
-    flags = os.environ.get("XLA_FLAGS", "")
-    added = [f"{name}={value}" for name, value in _PATIENCE.items() if name not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+    share = local_share(wanted)
+    os.environ["XLA_FLAGS"] = with_applied(os.environ.get("XLA_FLAGS", ""))
     if platform != "auto":
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else "cpu")
     # Where devices exist already (a test, a notebook) what is there must do.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", wanted)
+        jax.config.update("jax_num_cpu_devices", share)
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -41,9 +37,20 @@ def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
             "jax[cuda12], or set platform to cpu"
         ) from error
     mesh = make_mesh(axes, devices)
+    if jax.process_count() > 1 and len(mesh.local_devices) != share:
+        raise ValueError(
+            f"--mesh asks for {wanted} devices of {jax.process_count()} processes, {share} each, but this "
+            f"one has {jax.local_device_count()} of {len(devices)}; ask for --mesh {len(devices)}, or hide "
+            "devices with CUDA_VISIBLE_DEVICES"
+        )
     shape = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     kind = devices[0].device_kind
     if devices[0].platform == "cpu" and wanted > 1:
         cores = len(os.sched_getaffinity(0))
-        return mesh, f"mesh {shape}: {wanted} CPU devices are simulated on {cores} cores"
-    return mesh, f"mesh {shape} of {len(devices)} {kind}"
+        return mesh, f"mesh {shape}: {wanted} CPU devices are simulated on {cores} cores{_hosts()}"
+    return mesh, f"mesh {shape} of {len(devices)} {kind}{_hosts()}"
+
+
+def _hosts() -> str:
+    number = jax.process_count()
+    return f", {jax.local_device_count()} in each of {number} processes" if number > 1 else ""

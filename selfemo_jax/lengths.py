@@ -16,6 +16,7 @@ from rich.table import Table
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.distributed import is_first
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.stream import Rollouts
 from selfemo_jax.runlog import RunLog
@@ -150,7 +151,7 @@ def report_lengths(item: tuple[int, object], phase: Phase, config: Config, log: 
     """Show the lengths of a step, ``(number, batch or rollouts)``, and keep them under ``lengths/`` in the
     run's folder."""
     found = step_lengths(item[1], config)
-    if found is not None:
+    if found is not None and is_first():
         content = report(phase.name, item[0], found)
         log.show(table(content))
         save(log.run_dir / "lengths", phase.folder, content)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
+from selfemo_jax.distributed import barrier, is_first
 
 BASE = "base"
 ORIGINAL = "original"
@@ -117,17 +118,21 @@ def first_open(run_dir: Path, phases: tuple[Phase, ...]) -> int:
 def begin(run_dir: Path, phase: Phase) -> Path:
     """An empty folder for the phase; what an interrupted attempt left is removed."""
     folder = phase_dir(run_dir, phase)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    if is_first():
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    barrier("phase")
     return folder
 
 
 def finish(run_dir: Path, phase: Phase, record: dict[str, Any]) -> None:
     """Write the phase's record, then its marker."""
     folder = phase_dir(run_dir, phase)
-    atomic_write(folder / "phase.json", json.dumps(record, indent=1) + "\n")
-    atomic_write(folder / DONE, "")
+    if is_first():
+        atomic_write(folder / "phase.json", json.dumps(record, indent=1) + "\n")
+        atomic_write(folder / DONE, "")
+    barrier("phase")
 
 
 def record_of(run_dir: Path, phase: Phase) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import completion_ids
+from selfemo_jax.distributed import from_first, num_processes
 from selfemo_jax.experts.ask import ChatSampling, Interrupted
 from selfemo_jax.experts.panel import MakePolicy, Panel
 from selfemo_jax.experts.policy import PolicyExpert
@@ -54,6 +55,62 @@ def ask_experts(config: Config, parts: Parts, data: RunData, folder: Path, say: 
     """
     if not needs_experts(config):
         return data
+    if num_processes() > 1:
+        _check_one_asks(config)
+
+        def asked() -> dict[str, Any]:
+            try:
+                return _told_others(_ask(config, parts, data, folder, say))
+            except Stopped as stopped:
+                return {"stopped": str(stopped)}
+
+        told = from_first(asked, channel="experts")
+        if "stopped" in told:
+            raise Stopped(told["stopped"])
+        return _as_told(data, told)
+    return _ask(config, parts, data, folder, say)
+
+
+def _check_one_asks(config: Config) -> None:
+    """Servers are asked by the first process alone; the policy itself would need all of them."""
+    names = [endpoint.name for endpoint in config.expert.endpoints if endpoint.kind == "policy"]
+    if names:
+        raise ValueError(
+            f"expert {names[0]}: the policy cannot be the expert of a run of {num_processes()} processes; "
+            "let one process ask first (python -m selfemo_jax.extract), with the same expert.cache"
+        )
+
+
+def _told_others(data: RunData) -> dict[str, Any]:
+    def written(sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+        return {name: [sample.to_json() for sample in samples] for name, samples in sets.items()}
+
+    return {
+        "train": written(data.train),
+        "evaluation": {split: written(sets) for split, sets in data.evaluation.items()},
+        "personas": {root: dict(found) for root, found in data.personas.items()},
+        "examples": [[sample.to_json(), list(ids)] for sample, ids in data.expert_examples],
+        "cache": dict(data.expert_cache),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _as_told(data: RunData, told: Mapping[str, Any]) -> RunData:
+    def read(sets: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Sample, ...]]:
+        return {name: tuple(map(Sample.from_json, samples)) for name, samples in sets.items()}
+
+    return replace(
+        data,
+        train=read(told["train"]),
+        evaluation={split: read(sets) for split, sets in told["evaluation"].items()},
+        personas=told["personas"],
+        expert_examples=tuple((Sample.from_json(sample), tuple(ids)) for sample, ids in told["examples"]),
+        expert_cache=told["cache"],
+        fingerprint=told["fingerprint"],
+    )
+
+
+def _ask(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) -> RunData:
     record = folder / "experts.json"
     with ExitStack() as stack:
         stopping = stack.enter_context(stop_signal())

@@ -15,6 +15,7 @@ from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
+from selfemo_jax.distributed import is_first
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, weights_of
 from selfemo_jax.phases import BASE, Phase, last_steps
@@ -126,7 +127,8 @@ def close_harvest(
         alarm = check_drift(report, config)
     finally:
         content = report | {"alarm": alarm, "places": _places(selection)}
-        atomic_write(folder / "harvest.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if is_first():
+            atomic_write(folder / "harvest.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         log.show(harvest_table(name, report))
     if alarm:
         log.say(f"{name}: {alarm}")

@@ -6,23 +6,32 @@ from contextlib import contextmanager
 
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import Command
+from selfemo_jax.distributed import is_first, joined, launch_of, tell_others
 from selfemo_jax.parts import build_parts
 from selfemo_jax.run import Run
 from selfemo_jax.run_data import load_data
 from selfemo_jax.run_experts import ask_experts
-from selfemo_jax.run_resume import resumes, settings_of, settings_restored_on_error
+from selfemo_jax.run_hosts import check_hosts
+from selfemo_jax.run_resume import Stopped, resumes, settings_of, settings_restored_on_error
 from selfemo_jax.runlog import RunLog
 
 
 @contextmanager
 def open_run(config: Config, command: Command) -> Iterator[Run]:
     """Assemble a run, taking up an earlier one where the command says so; SIGTERM stops it at a step
-    boundary."""
+    boundary. With `--coordinator` it is one of several processes (`distributed.py`)."""
+    with joined(launch_of(command.extra), together=(Stopped,)):
+        yield from _opened(config, command)
+
+
+def _opened(config: Config, command: Command) -> Iterator[Run]:
     parts = build_parts(config)
     data = load_data(config)
+    check_hosts(config, data)
     resume = resumes(config.run_dir, command.resume)
     kept = settings_of(config.run_dir, resume=resume)
-    with RunLog(config, resume=resume, data_hashes={"inputs": data.fingerprint}) as log:
+    hashes = {"inputs": data.fingerprint}
+    with RunLog(config, resume=resume, data_hashes=hashes, primary=is_first()) as log:
         for notice in parts.notices:
             log.say(notice)
         with settings_restored_on_error(kept):
@@ -34,6 +43,12 @@ def open_run(config: Config, command: Command) -> Iterator[Run]:
                 with settings_restored_on_error(kept):
                     run.rewind()
             yield run
+        except Stopped:
+            raise
+        except BaseException as error:
+            # Before anything below waits for them.
+            tell_others(error)
+            raise
         finally:
             signal.signal(signal.SIGTERM, previous)
             run.close()

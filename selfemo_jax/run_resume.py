@@ -10,6 +10,7 @@ from typing import Any
 from selfemo_jax import phases as plans
 from selfemo_jax.appendlog import AppendLog, atomic_write
 from selfemo_jax.checkpoint import StateStore
+from selfemo_jax.distributed import from_first, is_first
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.records import set_aside
 from selfemo_jax.run_scores import final_file
@@ -68,7 +69,9 @@ def take_back(
     say: Callable[[str], None],
 ) -> None:
     """Cut every log to what the record holds of it and set later rollouts aside; ValueError where a log lost
-    content."""
+    content. Of several processes the first one does."""
+    if not is_first():
+        return
     for name, log in logs.items():
         length, digest = point["logs"].get(name, (0, _EMPTY_SHA256))
         if beyond := log.truncate_to(length, digest, into):
@@ -79,7 +82,9 @@ def take_back(
 
 def resumes(run_dir: str | None, resume: str | None) -> bool:
     """Whether the command goes on with a run; ValueError where it asks for one that is not there."""
-    existing = run_dir is not None and (Path(run_dir) / "metrics.jsonl").exists()
+    existing = from_first(
+        lambda: run_dir is not None and (Path(run_dir) / "metrics.jsonl").exists(), channel="resumes"
+    )
     if resume == "latest" and not existing:
         raise ValueError(f"--resume: {run_dir} holds no run; name its folder by --run_dir")
     return bool(resume) and existing
@@ -101,5 +106,6 @@ def settings_restored_on_error(kept: Mapping[Path, bytes]) -> Iterator[None]:
 
 def settings_of(run_dir: str | None, *, resume: bool) -> dict[Path, bytes]:
     """The files of a run that a new start writes over; none where it does not go on with a run."""
-    files = [Path(run_dir or ".") / name for name in ("config.yaml", "env.json")] if resume else []
+    named = ("config.yaml", "env.json") if resume and is_first() else ()
+    files = [Path(run_dir or ".") / name for name in named]
     return {path: path.read_bytes() for path in files if path.exists()}

@@ -1,12 +1,16 @@
 """Scores of a run: its policy on the dev subset while it trains, and on whole splits at the end."""
 
+import contextlib
+import io
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.data.inputs import Sample
+from selfemo_jax.distributed import is_first
 from selfemo_jax.evaluate import evaluate_splits
 from selfemo_jax.evaluation.answers import policy_answers
 from selfemo_jax.parts import Parts
@@ -51,6 +55,14 @@ def score_whole_splits(
     these scores are not the run's last. The run's report is written anew.
     """
     config = parts.config
+    if not is_first():
+        # The engine needs every process; what comes out is written and printed by the first one.
+        with tempfile.TemporaryDirectory() as aside, contextlib.redirect_stdout(io.StringIO()):
+            evaluate_splits(
+                policy_answers(engine, parts.codec, config), data, splits=config.eval.final_splits, note="",
+                folder=Path(aside), say=say,
+            )  # fmt: skip
+        return
     note = "; ".join(words for words in (parts.note, notice) if words)
     results = evaluate_splits(
         policy_answers(engine, parts.codec, config), data, splits=config.eval.final_splits, note=note,

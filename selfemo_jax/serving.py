@@ -16,8 +16,10 @@ from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.dialogues import load_corpora
 from selfemo_jax.data.inputs import build_inputs
 from selfemo_jax.data.prompts import build_prompt
+from selfemo_jax.distributed import num_processes
 from selfemo_jax.parts import Parts, make_engine
 from selfemo_jax.rollout.engine import Engine
+from selfemo_jax.rollout.first_process import FirstProcessEngine, local_mesh
 from selfemo_jax.rollout.proof import NOISE
 from selfemo_jax.rollout.publish import Publisher, write_model_folder
 from selfemo_jax.rollout.records import ReplayEngine
@@ -36,7 +38,16 @@ def run_engine(parts: Parts, run_dir: Path, say: Callable[[str], None]) -> Engin
     config = parts.config
     if config.rollout.engine == "jax":
         return make_engine(parts)
-    engine = start_vllm_engine(parts, run_dir, say)
+    if num_processes() == 1:
+        engine = start_vllm_engine(parts, run_dir, say)
+    else:
+        # Servers belong to process 0, which scores their probes on its own devices.
+        engine = FirstProcessEngine(
+            lambda: start_vllm_engine(dataclasses.replace(parts, mesh=local_mesh()), run_dir, say),
+            parts.model,
+            parts.mesh,
+            dtype=serving_dtype(config),
+        )
     return ReplayEngine(engine, Path(config.rollout.replay)) if config.rollout.replay else engine
 
 

@@ -31,6 +31,11 @@ def save_groups(
     run_dir: Path, global_step: int, requests: Sequence[Request], groups: Sequence[Group]
 ) -> None:
     """Write the groups of a step as flat arrays; ``groups[p]`` answers ``requests[p]``."""
+    atomic_write(step_file(run_dir, global_step, "npz"), groups_to_bytes(requests, groups))
+
+
+def groups_to_bytes(requests: Sequence[Request], groups: Sequence[Group]) -> bytes:
+    """The recorded form of groups; log-probs are float32 in it."""
     completions = [completion for group in groups for completion in group.completions]
     versions = [completion.policy_versions for completion in completions]
     arrays = {
@@ -48,17 +53,26 @@ def save_groups(
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    atomic_write(step_file(run_dir, global_step, "npz"), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_groups(path: Path) -> tuple[list[Request], list[Group]]:
     """Read what `save_groups` wrote; ValueError where the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as recorded rollouts: {error}") from error
+    return groups_from_bytes(content, where=str(path))
+
+
+def groups_from_bytes(content: bytes, *, where: str) -> tuple[list[Request], list[Group]]:
+    """The inverse of `groups_to_bytes`, without the requests' seeds; ValueError opens with ``where``."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return _groups_of({name: arrays[name] for name in arrays.files})
     # zipfile, zlib and numpy raise a dozen kinds between them for a cut or overwritten file.
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as recorded rollouts: {error}") from error
+        raise ValueError(f"{where}: cannot be read as recorded rollouts: {error}") from error
 
 
 def _groups_of(data: dict[str, np.ndarray]) -> tuple[list[Request], list[Group]]:
