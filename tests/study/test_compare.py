@@ -1,0 +1,119 @@
+"""Comparing runs: pairs by input, families of tests, and mistakes that would compare unlike things."""
+
+import json
+
+import pytest
+
+from selfemo_jax.reporting import studies
+from selfemo_jax.study.__main__ import main
+from selfemo_jax.study.reading import read_predictions, short_names
+from tests.study.invented import NOTE, evaluated, predictions
+
+RIGHT, WRONG, SILENT = ("joy", "joy"), ("joy", "fear"), ("joy", None)
+
+
+def meld(turns, dialogues=8):
+    return predictions("meld", {f"d{place}": turns for place in range(dialogues)})
+
+
+def compared(tmp_path, *runs, words=()):
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out"), "--samples", "200", *words]) == 0
+    return json.loads((tmp_path / "out" / "compare.json").read_text())
+
+
+def test_a_clear_difference_is_found_and_every_output_says_what_it_is(tmp_path, capsys):
+    runs = (
+        evaluated(tmp_path / "a", meld([RIGHT, WRONG, SILENT])),
+        evaluated(tmp_path / "b", meld([RIGHT, RIGHT, SILENT])),
+    )
+    found = compared(tmp_path, *runs)
+    first, second = found["scores"]
+    assert (first["run"], first["n"], first["dialogues"]) == ("a", 24, 8)
+    assert (first["accuracy"], second["accuracy"]) == (
+        pytest.approx(100 / 3, abs=1e-3),
+        pytest.approx(66.6667),
+    )
+    (test,) = found["significance"]
+    assert (test["won"], test["lost"]) == (8, 0)
+    assert test["p_mcnemar"] == pytest.approx(2 / 2**8) == test["p_mcnemar_holm"]
+    assert test["difference accuracy"] == pytest.approx(100 / 3, abs=1e-3)
+    # All dialogues are alike, so that no draw of them differs.
+    assert test["difference accuracy ci"] == [pytest.approx(100 / 3, abs=1e-3)] * 2
+    assert NOTE in capsys.readouterr().out and found["note"] == NOTE
+    assert NOTE in (tmp_path / "out" / "compare.md").read_text()
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
+def test_the_report_reads_the_tables(tmp_path):
+    runs = [evaluated(tmp_path / name, meld([RIGHT, WRONG])) for name in "ab"]
+    compared(tmp_path, *runs)
+    tables = studies.tables(tmp_path / "out" / "compare.json", [])
+    assert {table["kind"] for table in tables} >= {"significance"}
+
+
+def test_holm_counts_sets_and_runs_but_not_the_row_over_all_sets(tmp_path):
+    both = [
+        *predictions("meld", {f"d{place}": [RIGHT, WRONG] for place in range(4)}),
+        *predictions("emo", {f"d{place}": [RIGHT] for place in range(4)}),
+    ]
+    other = [line | {"prediction": line["gold"]} for line in both]
+    runs = [
+        evaluated(tmp_path / "a", both),
+        evaluated(tmp_path / "b", other),
+        evaluated(tmp_path / "c", both),
+    ]
+    rows = compared(tmp_path, *runs)["significance"]
+    assert [(row["run"], row["set"]) for row in rows] == [
+        (run, name) for run in "bc" for name in ("emo", "meld", "mean of sets")
+    ]
+    family = [row for row in rows if row["set"] != "mean of sets"]
+    smallest = min(family, key=lambda row: row["p_mcnemar"])
+    assert smallest["p_mcnemar"] == pytest.approx(2 / 2**4)
+    assert smallest["p_mcnemar_holm"] == pytest.approx(4 * 2 / 2**4)
+    assert all(row["p_mcnemar_holm"] is None for row in rows if row["set"] == "mean of sets")
+
+
+def test_only_common_inputs_are_paired_and_the_lenient_reading_can_be_asked_for(tmp_path):
+    first = evaluated(tmp_path / "a", meld([SILENT, RIGHT], dialogues=6))
+    second = evaluated(tmp_path / "b", meld([RIGHT, RIGHT], dialogues=4))
+    strict = compared(tmp_path, first, second)
+    assert strict["significance"][0]["n"] == 8 and strict["significance"][0]["won"] == 4
+    lenient = compared(tmp_path, first, second, words=["--lenient"])
+    assert lenient["reading"] == "lenient" and lenient["significance"][0]["won"] == 0
+
+
+def fails(capsys, *words) -> str:
+    assert main(["compare", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_named(tmp_path, capsys):
+    run = evaluated(tmp_path / "a", meld([RIGHT]))
+    assert "name two or more" in fails(capsys, run)
+    assert "selfemo_jax.evaluate" in fails(capsys, run, tmp_path / "none")
+    assert "dev_predictions.jsonl" in fails(capsys, run, run, "--split", "dev")
+    assert "2 runs" in fails(capsys, run, run, "--names", "one")
+    other = evaluated(tmp_path / "b", predictions("meld", {"d0": [("fear", "joy")]}))
+    assert "different data" in fails(capsys, run, other)
+    apart = evaluated(tmp_path / "c", predictions("meld", {"elsewhere": [RIGHT]}))
+    assert "no input in common" in fails(capsys, run, apart)
+
+
+def test_damaged_predictions_are_named_by_file_and_line(tmp_path):
+    folder = evaluated(tmp_path / "a", meld([RIGHT], dialogues=2))
+    path = folder / "eval" / "test_predictions.jsonl"
+    lines = path.read_text()
+    path.write_text(lines + lines)
+    with pytest.raises(ValueError, match="a second time"):
+        read_predictions(folder, split="test", name="a")
+    path.write_text(lines + "{cut")
+    with pytest.raises(ValueError, match="jsonl:3"):
+        read_predictions(folder, split="test", name="a")
+    path.write_text('{"id": "x"}\n')
+    with pytest.raises(ValueError, match="record 1 lacks"):
+        read_predictions(folder, split="test", name="a")
+
+
+def test_names_are_as_short_as_tells_runs_apart(tmp_path):
+    assert short_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]

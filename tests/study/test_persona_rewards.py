@@ -1,0 +1,110 @@
+"""Rewards by persona cluster: the right responder, numbers that add up, intervals over dialogues."""
+
+import json
+
+import pytest
+
+from selfemo_jax.study import persona_rewards
+from selfemo_jax.study.__main__ import main
+from selfemo_jax.study.persona_rewards import Clusters, Earned, cluster_rows, read_clusters, rewards_of
+
+CLUSTERS = Clusters(
+    of_persona={("s/train/a", "Ana"): 0, ("s/train/b", "Ben"): 1}, names={0: "calm", 1: "loud"}
+)
+
+
+def rollout(sample: str, r1: float, emotion: dict, gold: dict, *, valid: bool = True) -> dict:
+    return {"sample_id": sample, "r1": r1, "gold": gold, "parse": {"valid": valid, "emotion": emotion}}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Three RL steps and one of a harvest."""
+    folder = tmp_path / "run"
+    (folder / "rollouts").mkdir(parents=True)
+    steps = {
+        1: [rollout("s/train/a/1", 0.0, {"joy": 1.0}, {"fear": 1.0})],
+        2: [
+            rollout("s/train/a/1", 0.75, {"joy": 0.7, "fear": 0.2}, {"joy": 1.0}),
+            rollout("s/train/b/3+1+1", 0.25, {"joy": 0.4, "fear": 0.6}, {"joy": 1.0}),
+        ],
+        3: [rollout("s/train/b/3+1+1", 1.0, {"joy": 1.0}, {"joy": 1.0})],
+        4: [
+            rollout("s/train/a/2", 0.0, {"joy": 1.0}, {"joy": 1.0}, valid=False),
+            rollout("s/train/c/0", 0.5, {"joy": 1.0}, {"joy": 1.0}),
+        ],
+    }
+    for step, lines in steps.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
+    metrics = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}, {"step": 3}, {"step": 4, "loss": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / "config.yaml").write_text("note: plumbing run, not a result\n")
+    responders = {"s/train/a/1": "Ana", "s/train/a/2": "Ana", "s/train/b/3+1+1": "Ben", "s/train/c/0": "Cy"}
+    monkeypatch.setattr(persona_rewards, "responders_of", lambda folder: responders)
+    return folder
+
+
+def test_only_the_last_rl_steps_count_and_an_invalid_answer_is_wrong(run):
+    found = rewards_of(run, CLUSTERS, last=2)
+    # Step 3 is no RL step; steps 2 and 4 are the last two.
+    assert [(one.root, one.cluster, one.r1, one.right) for one in found] == [
+        ("s/train/a", 0, 0.75, True),
+        ("s/train/b", 1, 0.25, False),
+        ("s/train/a", 0, 0.0, False),
+        ("s/train/c", -2, 0.5, True),
+    ]
+
+
+def test_rows_by_hand_the_largest_cluster_first():
+    earned = [
+        *(Earned(root=f"r{place}", cluster=1, r1=place / 4, right=place == 0) for place in range(4)),
+        *(Earned(root=f"r{place}", cluster=0, r1=1.0, right=True) for place in range(2)),
+        Earned(root="r0", cluster=2, r1=0.0, right=False),
+        Earned(root="r9", cluster=-1, r1=0.5, right=False),
+    ]
+    clusters = Clusters(of_persona={}, names={0: "calm", 1: "loud", 2: "rare"})
+    rows = {row["cluster"]: row for row in cluster_rows(earned, clusters, most=2, num=200)}
+    assert list(rows) == [
+        "loud",
+        "calm",
+        "mean of these 2",
+        "1 smaller clusters",
+        "in no cluster",
+        "all rollouts",
+    ]
+    assert (rows["loud"]["rollouts"], rows["loud"]["dialogues"], rows["loud"]["r1"]) == (4, 4, 37.5)
+    assert rows["loud"]["accuracy"] == 25.0
+    low, high = rows["loud"]["r1 ci"]
+    assert low < 37.5 < high
+    assert rows["calm"]["r1 ci"] == [100.0, 100.0]
+    # The paper's average counts each cluster once.
+    assert rows["mean of these 2"]["r1"] == pytest.approx((37.5 + 100) / 2)
+    assert rows["1 smaller clusters"]["r1 ci"] is None
+    assert rows["all rollouts"]["rollouts"] == 8
+
+
+def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, capsys):
+    assert main(["personas", str(run)]) == 2
+    assert "study clusters" in capsys.readouterr().err
+    folder = tmp_path / "clusters"
+    folder.mkdir()
+    lines = [
+        {"root": root, "speaker": who, "cluster": place} for (root, who), place in CLUSTERS.of_persona.items()
+    ]
+    (folder / "persona_clusters.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "clusters.json").write_text("{}")
+    with pytest.raises(ValueError, match="run it anew"):
+        read_clusters(folder)
+    names = [{"cluster": place, "name": name} for place, name in CLUSTERS.names.items()]
+    (folder / "clusters.json").write_text(json.dumps({"clusters": names}))
+    assert read_clusters(folder) == CLUSTERS
+    assert main(["personas", str(run), "--clusters", str(folder), "--samples", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "plumbing run, not a result" in printed and "was not told the personas" not in printed
+    rows = json.loads((run / "study" / "persona_rewards.json").read_text())["clusters"]
+    assert sum(row["rollouts"] for row in rows if row["cluster"] in ("calm", "loud")) == 4
+    assert (run / "study" / "persona_rewards.png").stat().st_size > 1000
+    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    assert main(["personas", str(run), "--clusters", str(folder)]) == 2
+    assert "rollout.keep" in capsys.readouterr().err

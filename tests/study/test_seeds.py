@@ -1,0 +1,120 @@
+"""Runs of several seeds: made once, kept apart by their flags, aggregated; and tests between arms."""
+
+import json
+import subprocess
+
+import pytest
+
+from selfemo_jax.study import seeds as seeds_module
+from selfemo_jax.study.__main__ import main
+from selfemo_jax.study.arm_tests import with_tests
+from tests.study.invented import NOTE, evaluated, predictions
+
+RIGHT, WRONG = ("joy", "joy"), ("joy", "fear")
+
+
+def answers(num_right: int, dialogues: int = 5) -> list[dict]:
+    """Ten turns in each dialogue, of which the first ones are right."""
+    turns = [RIGHT] * num_right + [WRONG] * (10 - num_right)
+    return predictions("meld", {f"d{place}": turns for place in range(dialogues)})
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What the study asks to be trained; seed n gets 5 + n of ten turns right."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
+        folder = seeds_module.Path(flags["run_dir"])
+        evaluated(folder, answers(5 + int(flags["seed"])))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(seeds_module.subprocess, "run", run)
+    return commands
+
+
+def test_missing_seeds_are_trained_with_the_given_flags_and_finished_ones_are_kept(tmp_path, trained, capsys):
+    out = tmp_path / "seeds"
+    words = ["seeds", "--out", str(out), "--samples", "300", "--rl.steps", "3", "--optim.lr=0.1"]
+    assert main([*words, "--n", "2"]) == 0
+    assert main([*words, "--n", "3"]) == 0
+    assert [command[-3] for command in trained] == ["--seed=0", "--seed=1", "--seed=2"]
+    assert all(command[3:6] == ["--rl.steps", "3", "--optim.lr=0.1"] for command in trained)
+    found = json.loads((out / "seeds.json").read_text())
+    row = next(row for row in found["scores"] if row["score"] == "accuracy")
+    assert (row["seeds"], row["mean"], row["sd"]) == (3, pytest.approx(60.0), pytest.approx(10.0))
+    # t(0.975, 2) sd / sqrt(3); all dialogues are alike, so that the bootstrap draws seeds alone.
+    half = 4.30265 * 10 / 3**0.5
+    assert row["t over seeds"] == [pytest.approx(60 - half, abs=1e-3), pytest.approx(60 + half, abs=1e-3)]
+    assert row["seeds and dialogues"] == [pytest.approx(50.0), pytest.approx(70.0)]
+    assert found["note"] == NOTE and NOTE in capsys.readouterr().out
+
+
+def test_other_flags_are_no_seeds_of_the_same_runs(tmp_path, trained, capsys):
+    words = ["seeds", "--out", str(tmp_path / "seeds"), "--n", "1", "--samples", "100"]
+    assert main([*words, "--rl.steps=3"]) == 0
+    assert main([*words, "--rl.steps=4"]) == 2
+    assert "--rl.steps=3" in capsys.readouterr().err
+    config = tmp_path / "mine.yaml"
+    config.write_text("note: one\n")
+    words[2] = str(tmp_path / "others")
+    assert main([*words, "--config", str(config)]) == 0
+    config.write_text("note: two\n")
+    assert main([*words, "--config", str(config)]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(tmp_path, trained, capsys):
+    assert main(["seeds", "--n", "0"]) == 2
+    assert main(["seeds", "--out", str(tmp_path), "--seed=4"]) == 2
+    assert "gives each run its seed" in capsys.readouterr().err
+    assert main(["seeds", "--out", str(tmp_path), "--only-aggregate"]) == 2
+    assert "none of the 3 runs is finished" in capsys.readouterr().err
+    assert trained == []
+
+
+def test_a_failed_training_names_its_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        seeds_module.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 2)
+    )
+    assert main(["seeds", "--out", str(tmp_path / "seeds"), "--n", "1"]) == 2
+    assert str(tmp_path / "seeds" / "seed_0" / "train.log") in capsys.readouterr().err
+
+
+def test_runs_on_different_inputs_are_refused(tmp_path, capsys):
+    evaluated(tmp_path / "seed_0", answers(5))
+    evaluated(tmp_path / "seed_1", answers(5, dialogues=4))
+    assert main(["seeds", "--out", str(tmp_path), "--n", "2", "--only-aggregate"]) == 2
+    assert "different inputs" in capsys.readouterr().err
+
+
+def test_a_flag_that_no_other_study_knows_is_still_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path), str(tmp_path), "--rl.steps=3"])
+
+
+def test_arms_get_paired_tests_seed_by_seed_and_holm_over_the_arms(tmp_path):
+    rights = {"full": (5, 6, 8), "worse": (3, 5, 6), "same": (5, 6, 8)}
+    runs = {
+        arm: {seed: evaluated(tmp_path / arm / str(seed), answers(n)) for seed, n in enumerate(numbers)}
+        for arm, numbers in rights.items()
+    }
+    rows = [{"arm": arm, "mean": 10 * sum(numbers) / 3} for arm, numbers in rights.items()]
+    (full, worse, same), words = with_tests(rows, runs, split="test", reference="full")
+    assert "p_bootstrap" not in full and full["mean ci"][0] < full["mean"] < full["mean ci"][1]
+    # Seed by seed the arm lost 20, 10, 20 points; drawn in pairs it can only lose.
+    assert worse["difference ci"] == [pytest.approx(-20.0), pytest.approx(-10.0)]
+    assert worse["p_bootstrap"] == pytest.approx(2 / 5001)
+    assert worse["p_bootstrap_holm"] == pytest.approx(2 * 2 / 5001)
+    # t = (50 / 3) / (sqrt(33.33) / sqrt(3)) = 5, two degrees of freedom.
+    assert worse["p_t"] == pytest.approx(0.0377, abs=1e-3)
+    assert (same["difference ci"], same["p_bootstrap"], same["p_t"]) == ([0.0, 0.0], 1.0, None)
+    assert "Holm" in words
+
+
+def test_arms_without_predictions_keep_their_rows_and_say_so(tmp_path):
+    rows = [{"arm": "full", "mean": 50.0}]
+    kept, words = with_tests(rows, {"full": {0: tmp_path}}, split="test", reference="full")
+    assert kept == rows and "no intervals" in words and "test_predictions.jsonl" in words
