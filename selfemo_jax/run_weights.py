@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from selfemo_jax import phases as plans
 from selfemo_jax.checkpoint import save_weights
+from selfemo_jax.distributed import is_first
 from selfemo_jax.lora import read_adapters, write_adapters
 from selfemo_jax.model.adapters import LORA, adapted, init_adapters, is_adapted, merged
 from selfemo_jax.model.decoder import Params
@@ -57,6 +58,6 @@ def save_policy(folder: Path, params: Params, parts: Parts, *, phase: Phase, glo
     save_weights(
         folder, merged(params), parts.model, tokenizer=parts.tokenizer_folder, certificate=certificate
     )
-    if is_adapted(params):
+    if is_adapted(params) and is_first():
         config = parts.config
         write_adapters(folder / ADAPTERS, params[LORA], config.lora, base=config.model.path)
