@@ -128,11 +128,15 @@ def rl_update(
         batch = packed.batch
         if reference is not None:
             with timer("reference"):
-                ref_logprobs = sequence_logprobs(steps, reference, batch, micro_rows=micro_rows)
+                ref_logprobs = sequence_logprobs(
+                    steps, reference, batch, micro_rows=micro_rows, at_once=config.batch.logprobs_at_once
+                )
             batch = replace(batch, ref_logprobs=ref_logprobs)
         if not on_policy:
             with timer("old_logprobs"):
-                old_logprobs = sequence_logprobs(steps, state.params, batch, micro_rows=micro_rows)
+                old_logprobs = sequence_logprobs(
+                    steps, state.params, batch, micro_rows=micro_rows, at_once=config.batch.logprobs_at_once
+                )
             weights, gap = _importance(old_logprobs, packed, config)
             gaps.append(gap)
             batch = replace(batch, old_logprobs=old_logprobs, importance_weights=weights)
@@ -240,7 +244,11 @@ def _importance(
 
 def _pack(sequences: Sequence[TrainSequence], layout: Layout, config: Config) -> Packed:
     return pack(
-        sequences, layout=layout, row_tokens=config.batch.row_tokens, micro_rows=config.batch.micro_rows
+        sequences,
+        layout=layout,
+        row_tokens=config.batch.row_tokens,
+        micro_rows=config.batch.micro_rows,
+        balance=config.batch.balance,
     )
 
 

@@ -80,7 +80,7 @@ class Recorder:
         self.updates.append((batch, settings))
         return State(state.params * 2), {"loss": float(len(self.updates)), "kl": 9.0}
 
-    def sequence_logprobs(self, steps, params, batch, *, micro_rows):
+    def sequence_logprobs(self, steps, params, batch, *, micro_rows, at_once):
         self.asked.append(params)
         return -np.float32(params) * batch.targets.astype(np.float32) / 100
 

@@ -15,13 +15,13 @@ from selfemo_jax.data.batching import PackedBatch, micro_batches, scatter
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute
 from selfemo_jax.model.sharding import SMALL_BYTES, make_mesh
+from selfemo_jax.optimizer import learning_rate
 from selfemo_jax.train_step import (
     NonFiniteError,
     Steps,
     TrainState,
     born_sharded,
     device_batch,
-    learning_rate,
     make_steps,
     sequence_logprobs,
     update,

@@ -17,7 +17,7 @@ Shape letters: B rows, T tokens of a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -99,27 +99,28 @@ class _Unit:
     """Tokens that each member takes from the trunk, never fewer than the member before it."""
 
 
-def pack(sequences: Sequence[TrainSequence], *, layout: Layout, row_tokens: int, micro_rows: int) -> Packed:
+def pack(
+    sequences: Sequence[TrainSequence],
+    *,
+    layout: Layout,
+    row_tokens: int,
+    micro_rows: int,
+    balance: bool = False,
+) -> Packed:
     """Lay the sequences into rows of ``row_tokens``; empty rows make their number a multiple of
     ``micro_rows``.
 
-    Units are placed longest first into the first row with room, which is deterministic. ValueError names a
-    sequence that does not fit into a row.
+    Units are placed longest first into the first row with room, which is deterministic. ``balance`` then
+    spreads them over the same number of rows, empty ones included, so that the positions that see each
+    other are as many in each. ValueError names a sequence that does not fit into a row.
     """
     for index, sequence in enumerate(sequences):
         _check(index, sequence, row_tokens)
-    rows: list[list[_Unit]] = []
-    room: list[int] = []
-    for unit in sorted(_units(sequences, layout, row_tokens), key=lambda unit: (-unit.length, unit.members)):
-        fits = (row for row, left in enumerate(room) if left >= unit.length)
-        row = None if layout == "separate" else next(fits, None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(row_tokens)
-        rows[row].append(unit)
-        room[row] -= unit.length
+    units = sorted(_units(sequences, layout, row_tokens), key=lambda unit: (-unit.length, unit.members))
+    rows = _first_fit(units, row_tokens, alone=layout == "separate")
     num_rows = max(1, -(-len(rows) // micro_rows)) * micro_rows
+    if balance and layout != "separate":
+        rows = _balanced(units, rows, row_tokens, num_rows=num_rows, sequences=sequences)
     arrays = _empty(num_rows, row_tokens)
     places: dict[int, Place] = {}
     write = _write_group if layout == "shared_prefix" else _write_plain
@@ -130,17 +131,85 @@ def pack(sequences: Sequence[TrainSequence], *, layout: Layout, row_tokens: int,
     return Packed(
         batch=PackedBatch(**arrays),
         places=tuple(places[index] for index in range(len(sequences))),
-        num_tokens=len(rows) * row_tokens - sum(room),
+        num_tokens=sum(unit.length for unit in units),
     )
 
 
-def micro_batches(batch: PackedBatch, *, micro_rows: int) -> Iterator[PackedBatch]:
-    """Cut a batch into parts of ``micro_rows`` rows, all of one shape."""
-    num_rows = batch.tokens.shape[0]
+def _first_fit(units: Sequence[_Unit], row_tokens: int, *, alone: bool) -> list[list[_Unit]]:
+    rows: list[list[_Unit]] = []
+    room: list[int] = []
+    for unit in units:
+        fits = (row for row, left in enumerate(room) if left >= unit.length)
+        row = None if alone else next(fits, None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(unit)
+        room[row] -= unit.length
+    return rows
+
+
+def _balanced(
+    units: Sequence[_Unit],
+    first: list[list[_Unit]],
+    row_tokens: int,
+    *,
+    num_rows: int,
+    sequences: Sequence[TrainSequence],
+) -> list[list[_Unit]]:
+    """The units over ``num_rows`` rows, each to the row with the least work that has room, the most work
+    first, and rows of like work side by side; the rows of ``first`` where one fits nowhere."""
+    work = {unit.members: _seen_pairs(unit, sequences) for unit in units}
+    rows: list[list[_Unit]] = [[] for _ in range(num_rows)]
+    room, load = [row_tokens] * num_rows, [0] * num_rows
+    for unit in sorted(units, key=lambda unit: (-work[unit.members], unit.members)):
+        fitting = [row for row in range(num_rows) if room[row] >= unit.length]
+        if not fitting:
+            rows, load = first, [sum(work[unit.members] for unit in row) for row in first]
+            break
+        row = min(fitting, key=lambda row: (load[row], row))
+        rows[row].append(unit)
+        room[row] -= unit.length
+        load[row] += work[unit.members]
+    order = sorted(range(len(rows)), key=lambda row: (-load[row], row))
+    return [rows[row] for row in order]
+
+
+def _seen_pairs(unit: _Unit, sequences: Sequence[TrainSequence]) -> int:
+    """Pairs of a position and one that it sees: attention's work where nothing else is computed."""
+    trunk, pairs = max(unit.shared, default=0), 0
+    for index, shared in zip(unit.members, unit.shared or [0] * len(unit.members), strict=True):
+        own = len(sequences[index].prompt_ids) + len(sequences[index].completion_ids) - 1 - shared
+        pairs += own * shared + own * (own + 1) // 2
+    return pairs + trunk * (trunk + 1) // 2
+
+
+def micro_batches(batch: PackedBatch, *, micro_rows: int, at_once: int = 1) -> Iterator[PackedBatch]:
+    """Cut a batch into parts of ``micro_rows`` rows, or of ``at_once`` times as many while there are so many
+    left: no more than two shapes."""
+    num_rows, start = batch.tokens.shape[0], 0
     assert num_rows % micro_rows == 0
-    for start in range(0, num_rows, micro_rows):
-        rows = slice(start, start + micro_rows)
+    while start < num_rows:
+        size = micro_rows * (at_once if num_rows - start >= micro_rows * at_once else 1)
+        rows = slice(start, start + size)
+        start += size
         yield PackedBatch(**{field.name: getattr(batch, field.name)[rows] for field in fields(batch)})
+
+
+def target_width(batch: PackedBatch) -> int | None:
+    """Positions of a row that the output head must look at: the most targets that any row has, rounded up to
+    an eighth, a quarter, a half or three quarters of a row, since each number is compiled for itself; None
+    where that is the whole row."""
+    row_tokens = batch.tokens.shape[1]
+    most = int(is_target(batch.token_weights, batch.targets).sum(axis=1).max(initial=1))
+    allowed = (-(-row_tokens * eighths // 8) for eighths in (1, 2, 4, 6))
+    return next((width for width in allowed if most <= width < row_tokens), None)
+
+
+def is_target(token_weights: Any, targets: Any) -> Any:
+    """Where there is a target, of arrays of either kind; one of weight 0 and id 0 is none."""
+    return (token_weights != 0) | (targets != 0)
 
 
 def gather(values: np.ndarray, places: Sequence[Place]) -> list[np.ndarray]:

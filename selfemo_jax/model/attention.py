@@ -10,9 +10,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-Backend = Literal["dense", "blocked"]
+from selfemo_jax.model.linear import ATTENDED
+
+Backend = Literal["dense", "blocked", "pallas"]
 MIN_BLOCK = 128
 MAX_BLOCKS = 16
 _NEGATIVE = -1e30
@@ -20,12 +24,19 @@ _NEGATIVE = -1e30
 
 def choose_backend(requested: str, num_tokens: int) -> Backend:
     """The backend for rows of ``num_tokens``; ``auto`` takes ``blocked`` where it skips work, and ``dense``
-    below two blocks."""
+    below two blocks. What is asked for by name is never replaced: ValueError where it cannot run."""
     if requested == "auto":
         return "blocked" if num_tokens >= 2 * MIN_BLOCK else "dense"
-    if requested not in ("dense", "blocked"):
-        raise ValueError(f"model.attention: unknown backend {requested!r}; expected auto, dense or blocked")
-    return "dense" if requested == "dense" else "blocked"
+    if requested == "pallas" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "model.attention: pallas is a kernel for NVIDIA GPUs and the devices are "
+            f"{jax.default_backend()}; take auto, dense or blocked"
+        )
+    if requested not in ("dense", "blocked", "pallas"):
+        raise ValueError(
+            f"model.attention: unknown backend {requested!r}; expected auto, dense, blocked or pallas"
+        )
+    return "dense" if requested == "dense" else "blocked" if requested == "blocked" else "pallas"
 
 
 def visible(
@@ -51,22 +62,10 @@ def attend(
     mask: Bool[Array, "B Q S"],
 ) -> Float[Array, "B Q N H"]:
     """Grouped-query attention of Q queries over S keys; scores and softmax in float32."""
-    num_rows, num_queries, num_heads, head_dim = q.shape
-    num_kv = k.shape[2]
-    repeats = num_heads // num_kv
-    # One matrix product per row and key-value head: its `repeats` query heads are stacked along the query
-    # axis.
-    grouped = q.reshape(num_rows, num_queries, num_kv, repeats, head_dim)
-    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(num_rows, num_kv, repeats * num_queries, head_dim)
-    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(num_rows, num_kv, repeats, num_queries, -1) * (head_dim**-0.5)
-    scores = jnp.where(mask[:, None, None], scores, _NEGATIVE)
+    grouped = _grouped(q, k.shape[2])
+    scores = _scores(grouped, k.transpose(0, 2, 1, 3), mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = weights.reshape(num_rows, num_kv, repeats * num_queries, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, values)
-    out = out.reshape(num_rows, num_kv, repeats, num_queries, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(num_rows, num_queries, num_heads, head_dim)
+    return _ungrouped(_over_keys(weights, v.transpose(0, 2, 1, 3)))
 
 
 def packed_attention(
@@ -77,26 +76,110 @@ def packed_attention(
     prefix_ids: Int[Array, "B T"],
     *,
     backend: Backend,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention by the rule above. ``blocked`` cuts the queries into row blocks that never touch the keys
     after them and recomputes each block's scores in the backward pass, so that no ``[T, T]`` array lives
-    through it."""
-    num_tokens = q.shape[1]
+    through it. ``pallas`` is the GPU kernel of `model/flash.py`; ``mesh`` is what its rows and heads are
+    split over, which XLA does for the others by itself."""
     if backend == "dense":
         return attend(q, k, v, visible(segment_ids, prefix_ids, segment_ids, query_offset=0))
+    if backend == "pallas":
+        # Pallas takes long to import, and a machine without a GPU has no use for it.
+        from selfemo_jax.model.flash import sharded_flash_attention
 
-    block = max(MIN_BLOCK, -(-num_tokens // MAX_BLOCKS))
+        return sharded_flash_attention(q, k, v, segment_ids, prefix_ids, mesh=mesh)
+    return _blocked(q, k, v, segment_ids, prefix_ids)
 
-    # The slices are taken inside: what is kept for the backward pass is then the keys and values once, not
-    # one growing part of them for each block.
-    @functools.partial(jax.checkpoint, static_argnums=(5, 6))
-    def one_block(q, k, v, segment_ids, prefix_ids, start, stop):
-        rows, seen = slice(start, stop), slice(0, stop)
+
+def _grouped(x: jax.Array, num_kv: int) -> jax.Array:
+    """``[B, T, N, H]`` as ``[B, K, R, T, H]``, R query heads to each key-value head."""
+    num_rows, num_tokens, num_heads, head_dim = x.shape
+    x = x.reshape(num_rows, num_tokens, num_kv, num_heads // num_kv, head_dim)
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: jax.Array) -> jax.Array:
+    num_rows, num_kv, repeats, num_tokens, head_dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_kv * repeats, head_dim)
+
+
+def _stacked(x: jax.Array) -> jax.Array:
+    # One matrix product per row and key-value head: its R query heads are stacked along the query axis.
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _scores(grouped: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled scores of ``[B, K, R, Q, H]`` against ``[B, K, S, H]``, float32, where hidden a large negative
+    number."""
+    scores = jnp.einsum("bkqh,bksh->bkqs", _stacked(grouped), keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*grouped.shape[:-1], -1) * (grouped.shape[-1] ** -0.5)
+    return jnp.where(mask[:, None, None], scores, _NEGATIVE)
+
+
+def _over_keys(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """``[B, K, R, Q, S]`` times ``[B, K, S, H]``."""
+    out = jnp.einsum("bkqs,bksh->bkqh", _stacked(weights), values)
+    return out.reshape(*weights.shape[:-1], -1)
+
+
+def _blocks(segment_ids: jax.Array, prefix_ids: jax.Array) -> list[tuple[slice, slice, jax.Array]]:
+    """Queries, the keys up to them, and which of these they see."""
+    num_tokens = segment_ids.shape[1]
+    size = max(MIN_BLOCK, -(-num_tokens // MAX_BLOCKS))
+    found = []
+    for start in range(0, num_tokens, size):
+        rows, seen = slice(start, min(start + size, num_tokens)), slice(0, min(start + size, num_tokens))
         mask = visible(segment_ids[:, rows], prefix_ids[:, rows], segment_ids[:, seen], query_offset=start)
-        return attend(q[:, rows], k[:, seen], v[:, seen], mask)
+        found.append((rows, seen, mask))
+    return found
 
-    starts = range(0, num_tokens, block)
-    outputs = [
-        one_block(q, k, v, segment_ids, prefix_ids, start, min(start + block, num_tokens)) for start in starts
-    ]
-    return jnp.concatenate(outputs, axis=1)
+
+@jax.custom_vjp
+def _blocked(q, k, v, segment_ids, prefix_ids):
+    return _blocked_forward(q, k, v, segment_ids, prefix_ids)[0]
+
+
+def _blocked_forward(q, k, v, segment_ids, prefix_ids):
+    grouped, keys, values = _grouped(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    outputs, log_totals = [], []
+    for rows, seen, mask in _blocks(segment_ids, prefix_ids):
+        scores = _scores(grouped[:, :, :, rows], keys[:, :, seen], mask)
+        highest = scores.max(axis=-1, keepdims=True)
+        exponentials = jnp.exp(scores - highest)
+        total = exponentials.sum(axis=-1, keepdims=True)
+        outputs.append(_over_keys((exponentials / total).astype(v.dtype), values[:, :, seen]))
+        log_totals.append((highest + jnp.log(total))[..., 0])
+    out = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), ATTENDED)
+    log_total = checkpoint_name(jnp.concatenate(log_totals, axis=3), ATTENDED)
+    return out, (q, k, v, segment_ids, prefix_ids, out, log_total)
+
+
+def _blocked_backward(residuals, g):
+    """As FlashAttention-2 (arXiv:2307.08691): the softmax needs no second look for its largest value and sum,
+    and the sum of weight times its gradient is that of output times its own."""
+    q, k, v, segment_ids, prefix_ids, out, log_total = residuals
+    num_kv, scale = k.shape[2], q.shape[-1] ** -0.5
+    grouped, keys, values = _grouped(q, num_kv), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    g = jnp.asarray(g, v.dtype)
+    grouped_g = _grouped(g, num_kv)
+    common = _grouped((out.astype(jnp.float32) * g.astype(jnp.float32)), num_kv).sum(axis=-1)
+    dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    for rows, seen, mask in _blocks(segment_ids, prefix_ids):
+        block_q, block_g = grouped[:, :, :, rows], grouped_g[:, :, :, rows]
+        scores = _scores(block_q, keys[:, :, seen], mask)
+        weights = jnp.exp(scores - log_total[:, :, :, rows, None])
+        dweights = jnp.einsum(
+            "bkqh,bksh->bkqs", _stacked(block_g), values[:, :, seen], preferred_element_type=jnp.float32
+        ).reshape(weights.shape)
+        dscores = (weights * (dweights - common[:, :, :, rows, None]) * scale).astype(q.dtype)
+        dq.append(_over_keys(dscores, keys[:, :, seen]))
+        over_queries = functools.partial(jnp.einsum, "bkqs,bkqh->bksh", preferred_element_type=jnp.float32)
+        dk = dk.at[:, :, seen].add(over_queries(_stacked(dscores), _stacked(block_q)))
+        dv = dv.at[:, :, seen].add(over_queries(_stacked(weights.astype(v.dtype)), _stacked(block_g)))
+    dq = _ungrouped(jnp.concatenate(dq, axis=3))
+    dk, dv = (x.transpose(0, 2, 1, 3) for x in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -14,18 +14,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from selfemo_jax.model.adapters import block_weights, plus_low_rank
 from selfemo_jax.model.attention import choose_backend, packed_attention
 from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.linear import PRODUCT, matmul, rms_norm
+from selfemo_jax.model.linear import ATTENDED, PRODUCT, matmul, rms_norm
 from selfemo_jax.model.rope import rope_tables, rotate
 
 Params = dict[str, Any]
 """Nested dict of arrays: ``embed [V, D]``, ``layers`` (each weight with a leading L), ``final_norm [D]``,
 ``head [D, V]`` if untied."""
 _MATRICES = frozenset(("q", "k", "v", "o", "gate", "up", "down"))
+KEPT = {"dots": PRODUCT, "attention": ATTENDED}
+"""Name of what a kind of `Compute.remat` keeps of a block beside its input."""
 LOWER = "lower"
 """Where a tree for `forward` holds its frozen first blocks, stacked like ``layers``, which then holds the
 rest (`model/freeze.py`)."""
@@ -40,10 +42,10 @@ class Compute:
     product: str | None = None
     """Type in which the blocks' matrix products take their inputs, summed in float32; None: ``dtype``."""
     remat: str = "none"
-    """What the backward pass recomputes: ``none``, ``dots`` (all but matrix products), ``full`` (whole
-    layers)."""
+    """What the backward pass recomputes: ``none``, ``dots`` (all but the matrix products of weights),
+    ``attention`` (all but attention itself), ``full`` (whole layers)."""
     attention: str = "auto"
-    """``auto``, ``dense`` or ``blocked``; see `model/attention.py`."""
+    """``auto``, ``dense``, ``blocked`` or ``pallas``; see `model/attention.py`."""
     logits_float32: bool = True
     """The output head's product in float32 whatever ``dtype`` is."""
 
@@ -236,20 +238,22 @@ def forward(
     blocks, so that the partitioner moves weights to the rows and never rows to the weights."""
     backend = choose_backend(compute.attention, tokens.shape[1])
     pin = (lambda x: x) if sharding is None else (lambda x: lax.with_sharding_constraint(x, sharding))
+    mesh = None if sharding is None else sharding.mesh
     tables = rope_tables(positions, config)
 
     def block(x, layer):
         layer = cast_layer(layer, compute)
         with jax.named_scope("attention"):
             q, k, v = layer_qkv(layer, config, x, tables)
-            attended = packed_attention(q, k, v, segment_ids, prefix_ids, backend=backend)
+            attended = packed_attention(q, k, v, segment_ids, prefix_ids, backend=backend, mesh=mesh)
         with jax.named_scope("output_mlp"):
             return pin(layer_output(layer, config, x, attended)), None
 
     if compute.remat == "full":
         block = jax.checkpoint(block)
-    elif compute.remat == "dots":
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+    elif compute.remat in KEPT:
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT[compute.remat])
+        block = jax.checkpoint(block, policy=kept)
     x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
     if LOWER in params:
         # No gradient enters from above, so the backward pass ends here and keeps nothing of these blocks.
@@ -296,14 +300,33 @@ def token_logprobs(
     *,
     temperature: float,
     budget_bytes: int,
+    wanted: Bool[Array, "B T"] | None = None,
+    width: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy of each position under softmax(logits / temperature),
     float32.
 
     Where the float32 logits of all positions exceed ``budget_bytes`` the head runs over chunks of T and is
     recomputed in the backward pass, so that no ``[B, T, V]`` array exists; below it one product is faster.
+    With a ``width`` the head runs on that many positions of each row only, and leaves 0 at the others: those
+    that are ``wanted``, of which no row has more.
     """
     num_rows, num_tokens, _ = hidden.shape
+    if width is not None and width < num_tokens:
+        assert wanted is not None
+        columns = jnp.argsort(~wanted, axis=1, stable=True)[:, :width]
+        found = token_logprobs(
+            params,
+            config,
+            compute,
+            jnp.take_along_axis(hidden, columns[..., None], axis=1),
+            jnp.take_along_axis(targets, columns, axis=1),
+            temperature=temperature,
+            budget_bytes=budget_bytes,
+        )
+        rows = jnp.arange(num_rows)[:, None]
+        logprobs, entropy = (jnp.zeros(targets.shape).at[rows, columns].set(values) for values in found)
+        return logprobs, entropy
     vocab = config.vocab_size
 
     def scores(hidden, targets):

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 PRODUCT = "product"
 """Name of every result of `matmul`, for rematerialisation policies: they cannot see into a hand-written
 backward pass."""
+ATTENDED = "attended"
+"""Name of what attention's backward pass needs of its forward pass."""
 
 
 def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
@@ -45,8 +47,11 @@ def _matmul_backward(residuals, g):
     narrow = g.astype(w.dtype)
     dx = _product(narrow, w, (((g.ndim - 1,), (1,)), ((), ())), g.dtype)
     rows = tuple(range(x.ndim - 1))
+    # XLA:CPU copies the first factor transposed, slowly: that is the narrower of the two.
+    over_rows = ((rows, rows), ((), ()))
+    wide_input = x.shape[-1] > g.shape[-1]
+    dw = _product(narrow, x, over_rows, g.dtype).T if wide_input else _product(x, narrow, over_rows, g.dtype)
     # Summed in float32 where the types differ; the cast to the weight's type is the last step.
-    dw = _product(x, narrow, ((rows, rows), ((), ())), g.dtype)
     return dx, dw.astype(w.dtype)
 
 

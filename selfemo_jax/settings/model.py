@@ -78,10 +78,12 @@ class ModelSection:
     bfloat16 beside a float32 compute_dtype is several times faster on a CPU with AMX."""
     logits_float32: bool = True
     """Accumulate the output head's product in float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
-    attention: Literal["auto", "dense", "blocked"] = "auto"
-    """Attention backend; auto takes blocked for long rows."""
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, all but attention, or whole
+    blocks."""
+    attention: Literal["auto", "dense", "blocked", "pallas"] = "auto"
+    """Attention backend; auto takes blocked for long rows. pallas is a kernel for NVIDIA GPUs that skips
+    what no position sees; it is an error elsewhere."""
     logits_budget_mib: Count = 256
     """MiB of logits one device may hold at once; above it the head runs in chunks that are recomputed."""
 
@@ -116,3 +118,9 @@ class Batch:
     """T, length of a row."""
     micro_rows: Count = 8
     """B, rows of a micro-batch over the whole mesh; a multiple of the data axes."""
+    logprobs_at_once: Count = 1
+    """Micro-batches that a pass for reference or old log-probs takes at once, which keeps nothing for a
+    backward pass."""
+    balance: bool = False
+    """Give all rows, and so all devices, alike numbers of positions that see each other. It pays where
+    `model.attention` is pallas, which alone skips the others."""

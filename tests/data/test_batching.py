@@ -16,6 +16,7 @@ from selfemo_jax.data.batching import (
     micro_batches,
     pack,
     scatter,
+    target_width,
 )
 
 LAYOUTS = ("shared_prefix", "packed", "separate")
@@ -301,3 +302,63 @@ def test_each_branch_sees_exactly_its_own_prompt(lengths, tails, row_tokens):
         ]  # fmt: skip
         assert tuple(batch.tokens[row, seen]) == (*item.prompt_ids, *item.completion_ids[:-1])
         np.testing.assert_array_equal(batch.positions[row, seen], np.arange(len(seen)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=many_sequences(), micro_rows=st.integers(1, 3))
+def test_balanced_rows_hold_the_same_sequences_in_as_many_rows(data, micro_rows):
+    row_tokens, items = data
+    sizes = {"layout": "shared_prefix", "row_tokens": row_tokens, "micro_rows": micro_rows}
+    plain, even = pack(items, **sizes), pack(items, balance=True, **sizes)
+    assert even.batch.tokens.shape == plain.batch.tokens.shape and even.num_tokens == plain.num_tokens
+    for item, place in zip(items, even.places, strict=True):
+        tokens, positions = seen_by(even.batch, place.row, place.start + place.length - 1)
+        assert tuple(tokens) == (*item.prompt_ids, *item.completion_ids[:-1])
+        assert positions == list(range(len(tokens)))
+
+
+def pairs_by_row(batch):
+    """Pairs of a position and one that it sees, counted one by one; padding sees nothing that counts."""
+    return [
+        sum(
+            len(seen_by(batch, row, column)[0])
+            for column in range(batch.tokens.shape[1])
+            if batch.segment_ids[row, column] != PAD_SEGMENT
+        )
+        for row in range(len(batch.tokens))
+    ]
+
+
+def test_balanced_rows_share_the_work_where_first_fit_leaves_rows_empty():
+    # Sequences of 8, 6, 4, 4 and 2 positions in rows of 12; one of n positions sees n (n + 1) / 2 pairs.
+    items = [sequence(index, (1,), tuple(range(5, 5 + n))) for index, n in enumerate((8, 6, 4, 4, 2))]
+    sizes = {"layout": "packed", "row_tokens": 12, "micro_rows": 4}
+    assert pairs_by_row(pack(items, **sizes).batch) == [36 + 10, 21 + 10 + 3, 0, 0]
+    assert pairs_by_row(pack(items, balance=True, **sizes).batch) == [36, 21, 10 + 3, 10]
+
+
+def test_balanced_rows_fall_back_where_they_would_not_fit():
+    # 5 + 5 and 4 + 3 + 3 fill the rows exactly; by work the two 5 go apart, and the last 3 fits nowhere.
+    items = [sequence(index, (1,), tuple(range(5, 5 + n))) for index, n in enumerate((5, 5, 4, 3, 3))]
+    sizes = {"layout": "packed", "row_tokens": 10, "micro_rows": 2}
+    plain, even = pack(items, **sizes), pack(items, balance=True, **sizes)
+    assert sorted(pairs_by_row(even.batch)) == sorted(pairs_by_row(plain.batch)) == [22, 30]
+
+
+def test_width_of_the_head_by_hand():
+    def width(*num_targets, row_tokens=16):
+        items = [sequence(i, (1, 2), tuple(range(5, 5 + n))) for i, n in enumerate(num_targets)]
+        return target_width(pack(items, layout="separate", row_tokens=row_tokens, micro_rows=1).batch)
+
+    # Eighths of 16: 2, 4, 8 and 12, by the row with the most.
+    assert [width(n) for n in (1, 2, 3, 5, 9, 12, 13)] == [2, 2, 4, 8, 12, 12, None]
+    assert width(1, 7, 2) == 8
+    assert width(1, row_tokens=17) == 3
+
+
+def test_micro_batches_at_once_come_in_two_sizes_and_in_order():
+    items = [sequence(index, (1,), (5 + index,)) for index in range(10)]
+    batch = pack(items, layout="separate", row_tokens=4, micro_rows=2).batch
+    parts = list(micro_batches(batch, micro_rows=2, at_once=2))
+    assert [len(part.tokens) for part in parts] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), batch.targets)

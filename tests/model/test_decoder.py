@@ -73,7 +73,9 @@ def test_group_cut_over_two_rows_agrees(kind):
     assert_same(value_and_grad(weights(), arrays(rows.batch), kind=kind), separate_rows(kind))
 
 
-@pytest.mark.parametrize(("layout", "remat"), [("packed", "dots"), ("shared_prefix", "full")])
+@pytest.mark.parametrize(
+    ("layout", "remat"), [("packed", "dots"), ("packed", "attention"), ("shared_prefix", "full")]
+)
 def test_layouts_agree_with_recomputation(layout, remat):
     rows = packed(sequences(), layout=layout, row_tokens=24)
     found = value_and_grad(weights(), arrays(rows.batch), kind="rl", compute=Compute(remat=remat))
@@ -82,7 +84,7 @@ def test_layouts_agree_with_recomputation(layout, remat):
 
 @pytest.mark.parametrize(
     ("layout", "remat"),
-    [("separate", "none"), ("packed", "full"), ("shared_prefix", "none"), ("shared_prefix", "dots")],
+    [("separate", "none"), ("packed", "full"), ("shared_prefix", "attention"), ("shared_prefix", "dots")],
 )
 def test_layouts_agree_with_blocked_attention(layout, remat):
     rows = packed(sequences(LONG_GROUPS), layout=layout, row_tokens=300)
@@ -131,6 +133,34 @@ def test_recomputation_lowers_the_compiled_memory():
     deep = dataclasses.replace(TINY, num_layers=8)
     none, dots, full = (step_memory(Compute(remat=remat), config=deep) for remat in ("none", "dots", "full"))
     assert full < 0.7 * dots < 0.7 * 0.9 * none
+
+
+def test_recomputation_of_all_but_attention_keeps_its_results_alone():
+    deep = dataclasses.replace(TINY, num_layers=8)
+
+    def kept(remat):
+        compute = Compute(remat=remat, attention="blocked")
+        return step_memory(compute, config=deep, num_rows=2, num_tokens=300)
+
+    full, attention, none = kept("full"), kept("attention"), kept("none")
+    # Of 8 layers and 2 rows of 300: 4 heads of 16 numbers, and a sum for each head, in float32.
+    results = 8 * 2 * 300 * 4 * (16 + 1) * 4
+    assert full + 0.8 * results < attention < full + 2.5 * results
+    assert attention < 0.6 * none
+
+
+def scores_computed(remat):
+    """Products of queries and keys in the compiled gradient of a layer, by their named shape."""
+    shapes, _ = abstract_params(SHALLOW)
+    one = packed(sequences(((3, (2,)),)), layout="separate", row_tokens=300, micro_rows=1)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays(one.batch))
+    compute = Compute(remat=remat, attention="blocked")
+    run = jax.jit(jax.grad(functools.partial(objective, kind="sft", config=SHALLOW, compute=compute)))
+    return run.lower(shapes, batch).as_text().count("exponential")
+
+
+def test_recomputation_of_all_but_attention_does_not_repeat_its_softmax():
+    assert scores_computed("attention") == scores_computed("none") < scores_computed("full")
 
 
 def test_blocked_attention_lowers_the_compiled_memory():
@@ -259,6 +289,30 @@ def test_chunked_logprobs_equal_full_ones_in_value_and_gradient():
             assert f"2x{num_tokens}x97" not in run.lower(weights(), hidden, budget).as_text()
             cut, gradients = run(weights(), hidden, budget)
             assert_trees_close((cut, gradients), (whole, whole_gradients), bound=1e-5)
+
+
+def test_head_at_the_targets_alone_gives_their_numbers_and_gradients():
+    hidden = jax.random.normal(jax.random.key(0), (3, 20, TINY.embed_dim))
+    targets = jax.random.randint(jax.random.key(1), (3, 20), 0, TINY.vocab_size)
+    # Rows with targets in several places, with as many as the head looks at, and with none.
+    wanted = jnp.zeros((3, 20), bool).at[0, jnp.array([3, 4, 11])].set(True).at[1, 5:12].set(True)
+    seed = jax.random.normal(jax.random.key(2), (2, 3, 20)) * wanted
+
+    def run(params, hidden, width, budget):
+        logprobs, entropy = token_logprobs(
+            params, TINY, Compute(), hidden, targets, temperature=0.7, budget_bytes=budget, wanted=wanted,
+            width=width,
+        )  # fmt: skip
+        return jnp.sum(seed[0] * logprobs + seed[1] * entropy), (logprobs, entropy)
+
+    run = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
+    (value, found), gradients = run(weights(), hidden, None, BUDGET)
+    for budget in (BUDGET, 3 * 97 * 4 * 2):
+        (narrow, cut), narrow_gradients = run(weights(), hidden, 7, budget)
+        for a, b in zip(cut, found, strict=True):
+            np.testing.assert_allclose(a[wanted], b[wanted], atol=1e-6)
+            assert not np.asarray(a)[2, 7:].any()
+        assert_trees_close((narrow, narrow_gradients), (value, gradients), bound=1e-5)
 
 
 def head_memory(num_tokens: int, *, budget_bytes: int) -> int:
