@@ -36,8 +36,10 @@ from collections.abc import Sequence
 
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.pipeline import input_stream
+from selfemo_jax.distributed import LAUNCH_FLAGS
 from selfemo_jax.dry_run import describe
 from selfemo_jax.learn import label_update, rl_update, sft_update
+from selfemo_jax.optimizer import learning_rate
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.engine import RolloutError
 from selfemo_jax.rollout.stream import rollout_stream
@@ -46,13 +48,14 @@ from selfemo_jax.run_open import open_run
 from selfemo_jax.run_resume import Stopped
 from selfemo_jax.scoring import score_groups
 from selfemo_jax.selfplay.flywheel import harvest
-from selfemo_jax.train_step import NonFiniteError, learning_rate
+from selfemo_jax.train_step import NonFiniteError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the plan; returns the exit status (75 after a stop that can be resumed)."""
     try:
-        config, command = load_config(sys.argv[1:] if argv is None else argv, prog="selfemo_jax.train")
+        words = sys.argv[1:] if argv is None else argv
+        config, command = load_config(words, prog="selfemo_jax.train", flags=LAUNCH_FLAGS)
         if command.dry_run:
             describe(config)
             return 0
