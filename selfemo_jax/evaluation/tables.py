@@ -98,7 +98,7 @@ def _samples(samples: Mapping[str, Any], note: str) -> Table:
             name, str(scores["n"]),
             *(percent(scores[part][key]) for key in ("accuracy", "weighted_f1") for part in ("mean", "sd")),
             *(percent(scores["maj"][key]) for key in ("accuracy", "weighted_f1")),
-            *(percent(value) for value in (scores["any"], scores["mean"]["invalid_rate"], scores["votes"]["ece"])),
+            percent(scores["any"]), percent(scores["mean"]["invalid_rate"]), percent(scores["votes"]["ece"]),
         )  # fmt: skip
     return table
 
