@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from selfemo_jax import label_phase, run_inputs
 from selfemo_jax import phases as plans
 from selfemo_jax.appendlog import AppendLog
+from selfemo_jax.cards import write_cards
 from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config, Optim
@@ -317,8 +318,10 @@ class Run:
         if not self.plan:
             self._score_final(self.weights(plans.BASE), notice="")
             return
-        last = weights_folder(self.dir, self.plan[-1])
-        self._score_final(weights_of(self.parts, self._best_dir if self._best else last), notice="")
+        scored = self._best_dir if self._best else weights_folder(self.dir, self.plan[-1])
+        self._score_final(weights_of(self.parts, scored), notice="")
+        if is_first():
+            write_cards(scored, self.dir)
 
     def _end(
         self,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selfemo_jax import phases as plans
+from selfemo_jax.cards import write_cards
 from selfemo_jax.checkpoint import save_weights
 from selfemo_jax.distributed import is_first
 from selfemo_jax.lora import read_adapters, write_adapters
@@ -58,6 +59,8 @@ def save_policy(folder: Path, params: Params, parts: Parts, *, phase: Phase, glo
     save_weights(
         folder, merged(params), parts.model, tokenizer=parts.tokenizer_folder, certificate=certificate
     )
+    if is_first():
+        write_cards(folder, Path(parts.config.run_dir) if parts.config.run_dir else None)
     if is_adapted(params) and is_first():
         config = parts.config
         write_adapters(folder / ADAPTERS, params[LORA], config.lora, base=config.model.path)

@@ -11,7 +11,9 @@ Exit status: 0 done or equal, 1 different, 2 an error that the message explains.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from selfemo_jax.cards import DATA_CARD, MODEL_CARD, run_above, write_cards
 from selfemo_jax.model.hf_convert import MAX_SHARD_BYTES, to_flax, to_hf, verify
 
 
@@ -58,7 +60,9 @@ def _to_flax(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     tensors = to_hf(args.first, args.second, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    write_cards(Path(args.second), run_above(Path(args.first)), library="transformers")
     print(f"{args.second}: {len(tensors)} tensors, each equal to its line in the certificate")
+    print(f"what they are and what must not be done with them: {MODEL_CARD}, {DATA_CARD}")
     return 0
 
 

@@ -1,10 +1,10 @@
 """What is known of a speaker before a dialogue begins: a short biography from training dialogues.
 
-`train_lines`: counted from the speaker's labelled lines in the training split: how many, how long, which feelings how
-often, which words more than others. A training input is told what the other dialogues say, its own left out, so that
-neither its labels nor its later turns come back in its prompt; shares are rounded to tens, so that leaving a line out
-does not give its label away. `expert`: two sentences by an expert model that read some of the lines without labels.
-Speakers with fewer than `MIN_LINES` lines have none.
+`train_lines`: counted from the speaker's labelled lines in the training split: how many, how long, which
+feelings how often, which words more than others. A training input is told what the other dialogues say, its
+own left out, so that neither its labels nor its later turns come back in its prompt; shares are rounded to
+tens, so that leaving a line out does not give its label away. `expert`: two sentences by an expert model
+that read some of the lines without labels. Speakers with fewer than `MIN_LINES` lines have none.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def count_lines(train: Mapping[str, Dialogue]) -> Biographies:
     return Biographies(
         source="train_lines",
         speakers={
-            speaker: replace(lines, words=Counter({w: lines.words[w] for w in _typical(lines, common[speaker[0]])}))
+            speaker: replace(
+                lines, words=Counter({w: lines.words[w] for w in _typical(lines, common[speaker[0]])})
+            )
             for speaker, lines in known.items()
         },
         own=own,
@@ -137,18 +139,23 @@ def lines_to_read(train: Mapping[str, Dialogue], *, seed: int) -> dict[Speaker, 
     chosen = {}
     for (dataset, name), lines in sorted(found.items()):
         if len(lines) >= MIN_LINES:
-            picks = random.Random(f"{seed}/{dataset}/{name}").sample(range(len(lines)), min(LINES_READ, len(lines)))
+            picks = random.Random(f"{seed}/{dataset}/{name}").sample(
+                range(len(lines)), min(LINES_READ, len(lines))
+            )
             chosen[dataset, name] = tuple(lines[index] for index in sorted(picks))
     return chosen
 
 
 def expert_messages(name: str, lines: Sequence[str]) -> tuple[str, str]:
     """System and user message that ask for a biography."""
-    system = "You describe people from what they say, briefly and without guessing at facts that are not there."
+    system = (
+        "You describe people from what they say, briefly and without guessing at facts that are not there."
+    )
     listed = "\n".join(f"- {line}" for line in lines)
     user = (
-        f"These are lines that {name} says in different conversations:\n{listed}\n\nIn at most two sentences: what is "
-        f"{name} like, how does {name} talk, and which feelings come easily to {name}? Write only these sentences."
+        f"These are lines that {name} says in different conversations:\n{listed}\n\n"
+        f"In at most two sentences: what is {name} like, how does {name} talk, and which feelings come easily "
+        f"to {name}? Write only these sentences."
     )
     return system, user
 
