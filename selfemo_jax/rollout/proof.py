@@ -105,10 +105,12 @@ def judge(
     noise: Noise,
     digests_agree: bool,
     generated: Sequence[tuple[float, float]] = (),
+    old_head: Sequence[np.ndarray] | None = None,
 ) -> Verdict:
     """The verdict on probes: log-probs as served, by the trainer under v, and under v-1 (None at the first
     version). ``generated`` are (served, trainer) log-probs of tokens sampled after the probes: they come by
-    the cache of prompts, which the scores of prompts do not use."""
+    the cache of prompts, which the scores of prompts do not use. ``old_head`` is the trainer's under v with
+    the output head of v-1, which a backend that packs a tied head goes on using."""
     left = np.concatenate(served).astype(np.float64) - np.concatenate(new)
     decoded = np.array([a - b for a, b in generated])
     residual = float(np.sqrt(np.mean(left**2)))
@@ -129,6 +131,15 @@ def judge(
             f"served log-probs differ from the trainer's by {residual:.2e} (root mean square), expected at "
             f"most {limit:.1e}"
         )
+    if old_head is not None:
+        share = Slope()
+        for index in range(len(served)):
+            share.add(served[index], old_head[index], new[index])
+        if share.is_sure(noise.scale) and share.value > SLOPE_BOUND:
+            problems.append(
+                f"served log-probs are those of the output head before ({share.value:.3f}, expected 0): the "
+                "tied head was not packed again"
+            )
     # The largest of a few single tokens: a wider bound, yet far below what an old cache does.
     if not worst <= 4 * limit:
         problems.append(

@@ -5,6 +5,7 @@ pause ends in `finally`. Requests are kept away by the caller from before the pa
 rollout meets a version that is not proven.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ class Probes:
     """Under the version that is to be served; tokens 1, 2, ... of each sequence."""
     old: Sequence[np.ndarray] | None = None
     """Under the version before it; None where there was none."""
+    old_head: Sequence[np.ndarray] | None = None
+    """Under the new version with the output head before it; None where nothing is tied to it."""
 
 
 @dataclass(kw_only=True)
@@ -121,9 +124,12 @@ def _verdict(
                 generated += list(zip(values, (float(value) for value in ours), strict=True))
     except Rejected as error:
         return Verdict(proven=False, decided_by="slope", words=str(error))
-    verdict = judge(served, probes.new, probes.old, noise=noise, digests_agree=True, generated=generated)
+    weigh = functools.partial(
+        judge, served, probes.new, probes.old, noise=noise, generated=generated, old_head=probes.old_head
+    )
+    verdict = weigh(digests_agree=True)
     if verdict.proven and verdict.decided_by == "digests" and not digests_agree(server, published):
-        return judge(served, probes.new, probes.old, noise=noise, digests_agree=False, generated=generated)
+        return weigh(digests_agree=False)
     return verdict
 
 

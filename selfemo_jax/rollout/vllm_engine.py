@@ -265,7 +265,12 @@ class VllmEngine:
         began = time.perf_counter()
         pending = self._publisher.start(fresh, source_step=version)
         # While the files are written.
-        new = timed(seconds, "score", lambda: tuple(self._logprobs(fresh, self._probes)))
+        earlier = self._serving
+        new, old_head = timed(
+            seconds,
+            "score",
+            lambda: self._logprobs.of_probes(fresh, earlier and earlier.params, self._probes),
+        )
         try:
             published = pending.result()
         except OSError as error:
@@ -275,8 +280,8 @@ class VllmEngine:
         # Scoring went on beside it.
         seconds["publish"] = sum(published.seconds.values())
         seconds["publish_and_score"] = time.perf_counter() - began
-        earlier = self._serving
-        probes = Probes(sequences=self._probes, new=new, old=earlier.logprobs if earlier else None)
+        old = earlier.logprobs if earlier else None
+        probes = Probes(sequences=self._probes, new=new, old=old, old_head=old_head)
         try:
             verdict = self._take(fresh, published, probes, seconds)
         except NotStagedError as error:

@@ -79,6 +79,24 @@ def test_a_partly_new_model_is_found_by_what_is_left_even_where_its_slope_is_hig
     assert "differ from the trainer's by" in verdict.words
 
 
+def test_a_head_left_as_it_was_is_found_where_it_hardly_moves_anything():
+    rng = np.random.default_rng(3)
+    old, noise = [rng.normal(-3, 1, 1200)], Noise(of_types=1e-5, measured=3.5e-6)
+    new = [old[0] + rng.normal(0, 1e-4, 1200)]
+    old_head = [new[0] + rng.normal(0, 9e-6, 1200)]
+    rounding = rng.normal(0, 3.5e-6, 1200)
+    right = judge([new[0] + rounding], new, old, noise=noise, digests_agree=True, old_head=old_head)
+    assert right.proven and right.decided_by == "slope"
+    stale = [old_head[0] + rounding]
+    unseen = judge(stale, new, old, noise=noise, digests_agree=True)
+    assert unseen.proven, "what is left, and the slope, are within what is believed"
+    found = judge(stale, new, old, noise=noise, digests_agree=True, old_head=old_head)
+    assert not found.proven and "the tied head was not packed again" in found.words
+    # Where the head hardly changed, nothing can be told and nothing is claimed.
+    same = [new[0] + rng.normal(0, 1e-9, 1200)]
+    assert judge([new[0] + rounding], new, old, noise=noise, digests_agree=True, old_head=same).proven
+
+
 def test_the_first_refresh_is_held_to_the_types_and_later_ones_to_what_was_measured():
     first = Noise(of_types=1e-5)
     assert first.limit(0.0) == pytest.approx(2e-4)

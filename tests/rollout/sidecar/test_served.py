@@ -20,6 +20,8 @@ from tests.rollout.sidecar.published import (
 )
 
 pytestmark = [pytest.mark.vllm]
+SPARE = 900_003
+"""A version beyond those that others publish to the session's server."""
 
 
 def assert_same(first, second):
@@ -172,14 +174,14 @@ def no_commit(folder):
     ],
 )
 def test_a_damaged_version_is_refused_and_the_answers_stay(tied, client, damage, words):
-    folder = publish(tied.root, 3, tied.arrays[2], tied.config)
+    folder = publish(tied.root, SPARE, tied.arrays[2], tied.config)
     try:
         damage(folder)
         status, reason = client.rpc("stage_weights", path=str(folder))
         assert status == 500
         assert words in reason
         # Nothing of it is left to be applied, and what was served before is served still.
-        status, reason = client.rpc("apply_weights", version=3)
+        status, reason = client.rpc("apply_weights", version=SPARE)
         assert status == 500 and "nothing is staged" in reason
         client.call("/reset_prefix_cache", method="POST")
         assert_same(client.answers(), tied.fresh)
@@ -190,7 +192,7 @@ def test_a_damaged_version_is_refused_and_the_answers_stay(tied, client, damage,
 
 def test_another_model_is_refused_and_the_answers_stay(tied, client):
     other = hf_config(tied=False)
-    folder = publish(tied.root, 3, random_weights(2, tied=False), other)
+    folder = publish(tied.root, SPARE, random_weights(2, tied=False), other)
     try:
         status, reason = client.rpc("stage_weights", path=str(folder))
         assert status == 500
@@ -202,12 +204,12 @@ def test_another_model_is_refused_and_the_answers_stay(tied, client):
 
 def test_a_path_outside_the_published_folder_is_refused(tied, client, tmp_path):
     outside = publish(tmp_path, 3, tied.arrays[2], tied.config)
-    (tied.root / "5").symlink_to(outside)
-    for path in (outside, tied.root / "5", tied.root / ".." / "weights", "/etc", tied.model):
+    (tied.root / str(SPARE)).symlink_to(outside)
+    for path in (outside, tied.root / str(SPARE), tied.root / ".." / "weights", "/etc", tied.model):
         status, reason = client.rpc("stage_weights", path=str(path))
         assert status == 500
         assert "refused" in reason
-    (tied.root / "5").unlink()
+    (tied.root / str(SPARE)).unlink()
     assert_same(client.answers(), tied.fresh)
 
 
