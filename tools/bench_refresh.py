@@ -1,6 +1,7 @@
 """How long a refresh of a vLLM server takes, part by part, beside writing and reading the same bytes.
 
     python tools/bench_refresh.py [--environment .venv-vllm] [--rounds 4] [--root FOLDER] [--transport orbax]
+                                   [--cpu_threads 1]
 
 A tied Qwen3 of 107 M parameters in float32 (428 MB); each round moves every weight by 1e-4, publishes,
 stages, applies and proves. The first round is left out of the medians: it compiles.
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--environment", default=".venv-vllm")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--root", type=Path, help="folder of the versions (default: a temporary one)")
+    parser.add_argument("--cpu_threads", type=int, default=1, help="of the server (default %(default)s)")
     parser.add_argument("--transport", choices=("orbax", "safetensors"), default="orbax")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +81,11 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
     folder = scratch / "model"
     write_model_folder(folder, MODEL, dtype="float32", tokenizer=bundled_tokenizer(), copy=copy_tokenizer)
     sidecar = Sidecar(
-        environment=args.environment, dtype="float32", transport=args.transport, slope_rollouts=0
+        environment=args.environment,
+        dtype="float32",
+        transport=args.transport,
+        cpu_threads=args.cpu_threads,
+        slope_rollouts=0,
     )
     rng = jax.random.split(jax.random.key(1), sidecar.probes)
     probes = [tuple(int(t) for t in jax.random.randint(key, (192,), 0, MODEL.vocab_size)) for key in rng]
