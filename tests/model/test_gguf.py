@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from selfemo_jax.model import linear
 from selfemo_jax.model.decoder import Compute, forward, logits
 from selfemo_jax.model.hf_convert import load_params, open_model, save_hf, to_hf, verify
 from selfemo_jax.model.weights import flax_source
@@ -220,64 +221,75 @@ def test_smollm2_tokenizer_is_the_one_that_transformers_reads(smollm2):
     assert ours.apply_chat_template(talk, **options) == theirs.apply_chat_template(talk, **options)
 
 
+def theirs_of(file):
+    """The model as `from_pretrained(gguf_file=...)` makes it, which itself asks for accelerate; its tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    ).eval()
+    read = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unknown = model.load_state_dict(read, strict=False)
+    assert (missing, unknown) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model, read
+
+
+def scores(params, config, tokens):
+    """Logits of one row."""
+    ones = jnp.zeros_like(tokens)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden = forward(
+        params,
+        config,
+        Compute(),
+        tokens=tokens,
+        positions=positions,
+        segment_ids=ones,
+        prefix_ids=ones - 1,
+    )
+    return logits(params, config, Compute(), hidden)[0]
+
+
+TALK = [{"role": "user", "content": "I lost my keys again and I missed the train. How do I feel?"}]
+DIALOGUE = "Ann: You ate my cake?\nBen: I was hungry, I am so sorry!\nAnn:"
+
+
 @pytest.mark.slow
 def test_smollm2_answers_as_in_transformers(smollm2):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers import AutoTokenizer
 
     file, folder = smollm2
     assert json.loads((folder / "certificate.json").read_text())["note"].startswith("4-bit quantised copy")
-    # What `from_pretrained(gguf_file=...)` does, which itself asks for the accelerate library.
-    theirs = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    ).eval()
-    read = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
-    missing, unknown = theirs.load_state_dict(read, strict=False)
-    assert (missing, unknown) == (["lm_head.weight"], [])
-    theirs.tie_weights()
+    theirs, read = theirs_of(file)
     config, checkpoint = open_model(folder)
     source = flax_source(checkpoint, config)
     assert set(source.infos) == set(read)
     for name, tensor in read.items():
         np.testing.assert_array_equal(source.read(name, None), tensor.numpy(), err_msg=name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    talk = [{"role": "user", "content": "I lost my keys again and I missed the train. How do I feel?"}]
-    prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    prompt = tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     with torch.no_grad():
         answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
 
-    params, compute, width = load_params(folder, dtype="float32"), Compute(), len(prompt) + 24
-
-    @jax.jit
-    def scores(params, tokens):
-        ones = jnp.zeros_like(tokens)
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        hidden = forward(
-            params,
-            config,
-            compute,
-            tokens=tokens,
-            positions=positions,
-            segment_ids=ones,
-            prefix_ids=ones - 1,
-        )
-        return logits(params, config, compute, hidden)[0]
+    params, width = load_params(folder, dtype="float32"), len(prompt) + 24
+    compiled = jax.jit(lambda params, tokens: scores(params, config, tokens))
 
     def ours(tokens):
         row = np.zeros((1, width), np.int32)
         row[0, : len(tokens)] = tokens
-        return np.asarray(scores(params, jnp.asarray(row)))[: len(tokens)]
+        return np.asarray(compiled(params, jnp.asarray(row)))[: len(tokens)]
 
     def reference(tokens):
         with torch.no_grad():
             return theirs(torch.tensor([tokens])).logits[0].numpy()
 
     # At the first token the residual stream reaches 24,800, where float32 steps by 0.002: the order of sums
-    # alone moves a few logits of 38 by 1.4e-4 (transformers' own float32 is up to 8.5e-5 off its float64).
-    # What a policy is made of, log-probabilities, stays within 1e-4; of the logits all but the tail does.
-    dialogue = tokenizer("Ann: You ate my cake?\nBen: I was hungry, I am so sorry!\nAnn:").input_ids
-    for tokens in (prompt, dialogue):
+    # alone moves a few logits of 38 by 1.4e-4 (the next test). What a policy is made of, log-probabilities,
+    # stays within 1e-4; of the logits all but the tail does.
+    for tokens in (prompt, tokenizer(DIALOGUE).input_ids):
         found, expected = ours(tokens), reference(tokens)
         assert np.quantile(np.abs(found - expected), 0.999) < 1e-4
         np.testing.assert_allclose(
@@ -288,10 +300,40 @@ def test_smollm2_answers_as_in_transformers(smollm2):
     row[0, : len(prompt)] = prompt
     length = len(prompt)
     while length < width and row[0, length - 1] != tokenizer.eos_token_id or length == len(prompt):
-        row[0, length] = int(np.argmax(np.asarray(scores(params, jnp.asarray(row)))[length - 1]))
+        row[0, length] = int(np.argmax(np.asarray(compiled(params, jnp.asarray(row)))[length - 1]))
         length += 1
     assert tokenizer.decode(row[0, :length]) == tokenizer.decode(answer)
     assert len(tokenizer.decode(answer[len(prompt) :])) > 20
+
+
+@pytest.mark.slow
+def test_logits_of_smollm2_are_transformers_but_for_the_order_of_sums(smollm2, monkeypatch):
+    import torch
+    from transformers import AutoTokenizer
+
+    file, folder = smollm2
+    theirs, _ = theirs_of(file)
+    config, _ = open_model(folder)
+    params = load_params(folder, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def summed_in_float64(a, b, dimensions, dtype):
+        return jax.lax.dot_general(
+            a.astype(jnp.float64), b.astype(jnp.float64), dimensions, precision=jax.lax.Precision.HIGHEST
+        ).astype(dtype)
+
+    monkeypatch.setattr(linear, "_product", summed_in_float64)
+    for tokens in (
+        tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"],
+        tokenizer(DIALOGUE).input_ids,
+    ):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+        with jax.enable_x64(True):
+            found = jax.jit(lambda params, tokens: scores(params, config, tokens))(
+                params, jnp.asarray([tokens], jnp.int32)
+            )
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
