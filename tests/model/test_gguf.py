@@ -222,7 +222,7 @@ def test_smollm2_tokenizer_is_the_one_that_transformers_reads(smollm2):
 
 
 def theirs_of(file):
-    """The model as `from_pretrained(gguf_file=...)` makes it, which itself asks for accelerate; its tensors."""
+    """The model as `from_pretrained` makes it, which itself asks for accelerate, and its tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
