@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from selfemo_jax.config import Loss, Optim
 from selfemo_jax.config_check import parse_steps
 from selfemo_jax.config_io import load_config
+from selfemo_jax.model.decoder import Compute, abstract_params
+from selfemo_jax.model.sharding import make_mesh
 from selfemo_jax.profiling import StepProfiler, largest_items
+from selfemo_jax.train_step import make_steps
+from tests.model.tiny import TINY, arrays, packed, sequences
 
 
 @jax.jit
@@ -52,3 +57,17 @@ def test_nothing_is_recorded_unless_asked(tmp_path):
     profiler.begin(1)
     assert profiler.end(1) is None and not (tmp_path / "profile").exists()
     assert largest_items(tmp_path) == []
+
+
+def test_a_trace_reads_like_the_code():
+    steps = make_steps(
+        TINY, Compute(), make_mesh({}, jax.devices()[:1]), optim=Optim(), loss=Loss(), temperature=1.0,
+        logits_budget_mib=1,
+    )  # fmt: skip
+    batch = arrays(packed(sequences(), layout="separate", row_tokens=24).batch)
+    params, _ = abstract_params(TINY)
+    state, zeros = jax.eval_shape(steps.init_state, params), jax.eval_shape(steps.zeros["rl"])
+    update = steps.rl_gradients.lower(params, zeros, batch, on_policy=True).as_text(debug_info=True)
+    for scope in ("embed", "attention", "output_mlp", "lm_head"):
+        assert f"{scope}/" in update, scope
+    assert "optimizer/" in steps.apply.lower(state, zeros, 1e-3).as_text(debug_info=True)

@@ -62,8 +62,14 @@ def contestants(
     found = []
     layouts = settings.layouts if phase in PACKED_WORK else ("",)
     if settings.backend in ("jax", "both"):
-        for layout in layouts:
-            found.append(Contestant(side="jax", phase=phase, layout=layout, label=f"jax {layout}".strip()))
+        found += [
+            Contestant(
+                side="jax", phase=phase, layout=layout, attention=attention,
+                label=" ".join(filter(None, ("jax", layout, "" if attention == "auto" else attention))),
+            )
+            for layout in layouts
+            for attention in (settings.jax_attention[:1] if phase == "refresh" else settings.jax_attention)
+        ]  # fmt: skip
     if settings.backend in ("torch", "both"):
         found += _torch(phase, settings, layouts, attentions)
         if phase == "rl_step" and trl and settings.devices == 1:

@@ -48,6 +48,7 @@ class Driver:
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
         self.unavailable: list[dict[str, str]] = []
+        self.profiles: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
         """Everything measured, as `results` describes it."""
@@ -64,6 +65,7 @@ class Driver:
             sides=self._described,
             left_out=self.left_out,
             unavailable=self.unavailable,
+            profiles=self.profiles,
             peak=self._peak(),
             began=began,
             load={"before": load, "after": os.getloadavg()},
@@ -271,7 +273,9 @@ class Driver:
         if settings.profile:
             for one in who:
                 name = f"{task.folder.name}_{one.phase}_{one.label}".replace(" ", "_")
-                self._ask(one, "profile", folder=str(Path(settings.profile).resolve() / name))
+                folder = Path(settings.profile).resolve() / name
+                items = self._ask(one, "profile", folder=str(folder))["items"]
+                self.profiles.append({"phase": one.phase, "label": one.label, "folder": name, "items": items})
 
     def _record(self, one: _Opened, settings: BenchSettings, task: Task, point: dict[str, int]) -> None:
         """One row for each phase that the runs hold."""

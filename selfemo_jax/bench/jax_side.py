@@ -30,6 +30,7 @@ from selfemo_jax.model.config import ModelConfig  # noqa: E402
 from selfemo_jax.model.decoder import Compute  # noqa: E402
 from selfemo_jax.model.hf_convert import load_params, open_model, save_hf  # noqa: E402
 from selfemo_jax.model.sharding import make_mesh, param_shardings  # noqa: E402
+from selfemo_jax.profiling import largest_items  # noqa: E402
 from selfemo_jax.rollout.engine import Group, Request, Sampling  # noqa: E402
 from selfemo_jax.rollout.jax_engine import JaxEngine  # noqa: E402
 from selfemo_jax.train_step import Steps, born_sharded, make_steps, sequence_logprobs, update  # noqa: E402
@@ -86,10 +87,11 @@ class JaxSide:
         found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in self._devices]
         return max((value for value in found if value is not None), default=None)
 
-    def profile(self, run: Run, folder: str) -> None:
+    def profile(self, run: Run, folder: str) -> list[tuple[str, float]]:
         """One run's trace for XProf or TensorBoard."""
         with jax.profiler.trace(folder):
             run()
+        return largest_items(Path(folder))
 
     def open(self, case: dict[str, Any]) -> Run:
         """The contestant of a case; ``weights`` makes the model folder itself."""
@@ -269,7 +271,12 @@ def _version(name: str) -> str | None:
 
 def compute_of(case: dict[str, Any]) -> Compute:
     """Both sides run the output head in the type of the rest and take its softmax in float32."""
-    return Compute(dtype=case["dtype"], remat=case["remat"], logits_float32=case["dtype"] == "float32")
+    return Compute(
+        dtype=case["dtype"],
+        remat=case["remat"],
+        attention=case["attention"],
+        logits_float32=case["dtype"] == "float32",
+    )
 
 
 def read_rows(case: dict[str, Any]) -> tuple[PackedBatch, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from selfemo_jax.bench import worker
 from selfemo_jax.bench.settings import BenchSettings
+from selfemo_jax.xla_flags import with_applied
 
 
 class SideError(RuntimeError):
@@ -83,8 +84,7 @@ def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int
     log = folder / f"{side}.log"
     if side == "jax":
         env |= settings.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        if settings.jax_flags:
-            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {settings.jax_flags}".strip()
+        env["XLA_FLAGS"] = with_applied(f"{env.get('XLA_FLAGS', '')} {settings.jax_flags}".strip())
         command = [*pinned, sys.executable, "-m", "selfemo_jax.bench.jax_side"]
         command += ["--platform", settings.platform, "--devices", str(devices)]
         command += ["--precision", "highest" if settings.dtype == "float32" else "default"]

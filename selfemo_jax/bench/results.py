@@ -39,6 +39,7 @@ def assemble(
     sides: Mapping[str, Any],
     left_out: list[Any],
     unavailable: list[Any],
+    profiles: list[Any],
     peak: Mapping[str, Any],
     began: str,
     load: Mapping[str, Any],
@@ -68,6 +69,7 @@ def assemble(
         "growth": growth(rows),
         "left_out": left_out,
         "unavailable": unavailable,
+        "profiles": profiles,
     }
 
 

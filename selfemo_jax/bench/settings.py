@@ -15,6 +15,7 @@ PHASES = ("logprobs", "rl_update", "sft_update", "generate", "refresh", "rl_step
 """generate is three phases measured in one run: prefill, decode, and both together as rollout."""
 LAYOUTS = ("separate", "packed", "shared_prefix")
 BACKENDS = ("jax", "torch", "both")
+LISTS = ("phases", "layouts", "jax_attention")
 SWEPT = ("groups", "prompt", "completion", "group_size", "devices")
 
 
@@ -53,7 +54,8 @@ class BenchSettings:
     dtype: str = "float32"
     """Of activations and products, on both sides; master weights and moments are float32."""
     remat: str = "none"
-    """What the backward pass recomputes: none, dots (JAX alone) or full (PyTorch: whole layers)."""
+    """What the backward pass recomputes: none or full, whole layers, on both sides; dots and attention
+    (`model.remat` of a run) in JAX, with none in PyTorch."""
     groups: int = 4
     """Prompts of an update or a rollout."""
     group_size: int = 8
@@ -78,6 +80,8 @@ class BenchSettings:
     """cpu, gpu, or auto: gpu where there is one."""
     torch_compile: str = "best"
     """off, on, or best: both are tried and the faster is measured."""
+    jax_attention: tuple[str, ...] = ("auto",)
+    """Attention backends of the JAX side (`model.attention` of a run); of several the fastest is measured."""
     jax_flags: str = ""
     """Added to XLA_FLAGS of the JAX side."""
     env: dict[str, str] = field(default_factory=dict)
@@ -107,11 +111,14 @@ class BenchSettings:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("model", self.model, MODELS)
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("remat", self.remat, ("none", "dots", "full"))
+        _one_of("remat", self.remat, ("none", "dots", "attention", "full"))
         _one_of("platform", self.platform, ("auto", "cpu", "gpu"))
         _one_of("torch_compile", self.torch_compile, ("off", "on", "best"))
         _one_of("interleave", self.interleave, ("auto", "rounds", "sittings"))
-        for name, known in (("phases", PHASES), ("layouts", LAYOUTS), ("sweep", SWEPT)):
+        attentions = ("auto", "dense", "blocked", "pallas")
+        for name, known in (
+            ("phases", PHASES), ("layouts", LAYOUTS), ("jax_attention", attentions), ("sweep", SWEPT)
+        ):  # fmt: skip
             for value in getattr(self, name):
                 _one_of(name, value, known)
         for name in ("groups", "group_size", "prompt", "completion", "row_tokens", "devices", "rounds"):
@@ -149,7 +156,7 @@ def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> BenchSetti
     for name in found:
         if name not in known:
             raise ValueError(f"{path or 'bench'}: unknown key {name}; known: {', '.join(known)}")
-    for name in ("phases", "layouts"):
+    for name in LISTS:
         if name in found:
             found[name] = tuple(found[name])
     found["sweep"] = {name: tuple(values) for name, values in (found.get("sweep") or {}).items()}
@@ -184,7 +191,7 @@ def flag_overrides(args: argparse.Namespace) -> dict[str, Any]:
                 pairs = {name: [int(part) for part in text.split(",")] for name, text in pairs.items()}
             found[one.name] = pairs
         else:
-            found[one.name] = value.split(",") if one.name in ("phases", "layouts") else value
+            found[one.name] = value.split(",") if one.name in LISTS else value
     return found
 
 

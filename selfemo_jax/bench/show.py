@@ -62,6 +62,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for one in result["left_out"]:
         instead = f"{one['instead']} {one['its_seconds']:.3g}"
         console.print(f"{one['phase']}: left out {one['label']}, {one['seconds']:.3g} s, for {instead}")
+    for one in result["profiles"]:
+        items = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in one["items"][:3])
+        console.print(f"{one['phase']}: {one['label']}, largest: {items}")
     for one in result["unavailable"]:
         console.print(f"{one['phase']}: {one['label']} did not take part: {one['error'][:300]}")
 

@@ -43,8 +43,8 @@ class Side(Protocol):
         """Most bytes of the accelerator in use so far; None on a CPU."""
         ...
 
-    def profile(self, run: Contestant, folder: str) -> None:
-        """Run once and write a trace to the folder."""
+    def profile(self, run: Contestant, folder: str) -> list[tuple[str, float]]:
+        """Run once and write a trace to the folder; the largest operations and their seconds."""
         ...
 
 
@@ -80,8 +80,7 @@ def _answer(side: Side, contestants: dict[str, Contestant], request: dict[str, A
     if command == "run":
         return {"runs": [timed(contestants[name]) for _ in range(request["num"])]}
     if command == "profile":
-        side.profile(contestants[name], request["folder"])
-        return {}
+        return {"items": side.profile(contestants[name], request["folder"])}
     if command == "close":
         contestants.pop(name).close()
         gc.collect()

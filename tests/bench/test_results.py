@@ -26,7 +26,7 @@ def row(
 def result(rows: list[dict]) -> dict:
     return assemble(
         BenchSettings(), rows=rows, sides={"jax": SIDE, "torch": SIDE}, left_out=[], unavailable=[],
-        peak={"flops_per_s": 1e10, "source": "test"}, began="now",
+        profiles=[], peak={"flops_per_s": 1e10, "source": "test"}, began="now",
         load={"before": (1.0, 1.0, 1.0), "after": (1.0, 1.0, 1.0)},
     )  # fmt: skip
 

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfemo_jax.model.attention import packed_attention
+from selfemo_jax.bench.light import without_jaxtyping
+
+without_jaxtyping()
+
+from selfemo_jax.model.attention import packed_attention  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -64,7 +64,7 @@ class TorchSide:
         """Most bytes of the device that were in use."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
-    def profile(self, run: Run, folder: str) -> None:
+    def profile(self, run: Run, folder: str) -> list[tuple[str, float]]:
         """One run's trace for TensorBoard or chrome://tracing, and the operations by their time."""
         from torch.profiler import ProfilerActivity, profile
 
@@ -74,9 +74,11 @@ class TorchSide:
             run()
         Path(folder).mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(Path(folder) / "trace.json"))
-        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        table = found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
-        (Path(folder) / "operations.txt").write_text(table)
+        order = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        averages = found.key_averages()
+        (Path(folder) / "operations.txt").write_text(averages.table(sort_by=order, row_limit=20))
+        items = sorted(((one.key, getattr(one, order) / 1e6) for one in averages), key=lambda item: -item[1])
+        return items[:10]
 
     def open(self, case: dict[str, Any]) -> Run:
         """The contestant of a case."""
