@@ -252,8 +252,9 @@ def make_steps(
         norm = optax.tree.norm(accumulator.gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulator.sums["loss"][0])
         trained = state.params if with_adapters else parted(state.params)[0]
-        updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, trained)
-        trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(accumulator.gradients, state.opt_state, trained)
+            trained = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
         params = trained if with_adapters else put_back(state.params, trained, layers=freeze.layers)
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)

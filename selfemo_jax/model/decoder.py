@@ -254,7 +254,8 @@ def forward(
     elif compute.remat in KEPT:
         kept = jax.checkpoint_policies.save_only_these_names(KEPT[compute.remat])
         block = jax.checkpoint(block, policy=kept)
-    x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
+    with jax.named_scope("embed"):
+        x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
     if LOWER in params:
         # No gradient enters from above, so the backward pass ends here and keeps nothing of these blocks.
         x, _ = lax.scan(block, x, params[LOWER])

@@ -302,10 +302,12 @@ def decode(
             q, k, v = layer_qkv(layer, config, x, tables)
             cache = jax.tree.map(lambda whole, new: _write(whole, new, column, index), cache, (k, v))
             pick = functools.partial(_one_layer, index=index)
-            attended = two_part_attention(
-                q, jax.tree.map(pick, prompt), jax.tree.map(pick, cache), prompt_mask, seen
-            )
-            return pin(layer_output(layer, config, x, attended)), cache
+            with jax.named_scope("attention"):
+                attended = two_part_attention(
+                    q, jax.tree.map(pick, prompt), jax.tree.map(pick, cache), prompt_mask, seen
+                )
+            with jax.named_scope("output_mlp"):
+                return pin(layer_output(layer, config, x, attended)), cache
 
         new_caches = []
         for stack, prompt, cache in zip(params["stacks"], prompts, carry["caches"], strict=True):
@@ -313,8 +315,10 @@ def decode(
             new_caches.append(cache)
         hidden = rms_norm(x, params["final_norm"], eps=config.norm_eps).astype(params["head"].dtype)
         hidden = hidden.reshape(slots * width, -1)
-        scores = pin(jnp.matmul(hidden, params["head"], preferred_element_type=jnp.float32))
-        token, logprob = sample(scores, draws[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+        with jax.named_scope("lm_head"):
+            scores = pin(jnp.matmul(hidden, params["head"], preferred_element_type=jnp.float32))
+        with jax.named_scope("sample"):
+            token, logprob = sample(scores, draws[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(live, token.reshape(slots, width), carry["token"])
         count = count + live
         stopped = (token[..., None] == numbers["stop_ids"]).any(axis=-1)
