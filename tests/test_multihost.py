@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,20 @@ def start(mode: str, out: Path, *, number: int = 2) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def ended(processes: list[subprocess.Popen], *, patience: float = PATIENCE) -> list[tuple[int, str]]:
     """Exit status and output of each; all are gone afterwards."""
     try:
-        return [(process.wait(PATIENCE), process.stdout.read()) for process in processes]
+        # What one prints must be read while the other is waited for: a full pipe stops its writer.
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=patience)[0], processes))
+        return [(process.returncode, words) for process, words in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:
             process.kill()
 
 
-def wait_for(*paths: Path) -> None:
-    until = time.monotonic() + PATIENCE
+def wait_for(*paths: Path, patience: float = PATIENCE) -> None:
+    until = time.monotonic() + patience
     while not all(path.exists() for path in paths):
         assert time.monotonic() < until, f"{paths} did not come"
         time.sleep(0.1)
