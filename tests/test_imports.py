@@ -145,7 +145,7 @@ def test_hf_convert_reads_weights_without_jax():
     assert not [target for target, top in of(path) if top and target.split(".")[0] in ("jax", "jaxlib")]
 
 
-NOT_INSTALLED = {"bench_generate", "bench_refresh", "bench_step", "report_picture", "train_tokenizer"}
+NOT_INSTALLED = {"bench_refresh", "report_picture", "train_tokenizer"}
 """Tools of those who work on the project: they measure it, or make again what it ships."""
 
 

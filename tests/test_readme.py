@@ -14,7 +14,7 @@ from selfemo_jax.selfplay import __main__ as selfplay
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study.arms import find_arms
 from tests import micro
-from tools import convert_hf, vllm_sidecar
+from tools import bench_throughput, convert_hf, vllm_sidecar
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = {
@@ -53,7 +53,8 @@ def refuses_nothing_it_shows(page, words: list[str], capsys) -> None:
 
 
 def test_every_python_command_is_covered():
-    known = (*MODULES, "tools/convert_hf.py", "tools/vllm_sidecar.py", "pytest", "venv")
+    tools = ("tools/convert_hf.py", "tools/bench_throughput.py", "tools/vllm_sidecar.py")
+    known = (*MODULES, *tools, "pytest", "venv")
     for line in commands():
         for found in re.findall(r"python3? (?:-m )?(\S+)", line):
             assert found in known, f"{found}: no test runs {line!r}"
@@ -132,3 +133,8 @@ def test_the_commands_of_the_sidecar_parse():
     parser = vllm_sidecar._parser()
     shown = [parser.parse_args(shlex.split(line)[1:]).command for line in of_program("tools/vllm_sidecar.py")]
     assert shown == ["setup", "serve"]
+
+
+def test_the_flags_shown_for_the_benchmark_exist(capsys):
+    words = [word for line in of_program("tools/bench_throughput.py") for word in line.split()[1:]]
+    refuses_nothing_it_shows(bench_throughput, words, capsys)
