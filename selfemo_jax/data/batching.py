@@ -124,9 +124,9 @@ def pack(
     arrays = _empty(num_rows, row_tokens)
     places: dict[int, Place] = {}
     write = _write_group if layout == "shared_prefix" else _write_plain
-    for row, units in enumerate(rows):
+    for row, held in enumerate(rows):
         cursor, segment = 0, PAD_SEGMENT + 1
-        for unit in units:
+        for unit in held:
             cursor, segment = write(arrays, places, sequences, unit, row, cursor, segment)
     return Packed(
         batch=PackedBatch(**arrays),
