@@ -132,7 +132,7 @@ def data_card(run: Record) -> str:
 def _what(certificate: Record, config: Record, trained: bool) -> Iterator[str]:
     if not trained:
         name = certificate.get("source", {}).get("name", "another format")
-        yield f"The weights of `{name}`, converted by selfemo_jax, equal to the last bit (`certificate.json`)."
+        yield f"The weights of `{name}`, converted by selfemo_jax, every bit equal (`certificate.json`)."
         return
     source = certificate["source"]
     base = config.get("model", {}).get("path")

@@ -1,0 +1,124 @@
+"""A model behind a server of another process: what it is asked, what is kept, what it costs to stop."""
+
+import json
+
+import pytest
+
+from selfemo_jax import evaluate
+from selfemo_jax.data.prompts import build_messages, build_prompt
+from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
+from selfemo_jax.experts.ask import ExpertError
+from tests.experts.chat_server import requests, serving
+from tests.fabricated import codec, sample, settings
+
+CONFIG = settings(output={"prompt_style": "full"}, expert={"tries": 3})
+
+
+def inputs(number: int = 3):
+    return [sample(n, gold={"joy": 1.0}) for n in range(number)]
+
+
+def opened(folder, url, **options):
+    return EndpointAnswers(CONFIG, folder, url=url, model="M/one", key_env=options.get("key_env"))
+
+
+@pytest.mark.parametrize("style", ["full", "brief", "dialogue"])
+def test_the_server_reads_the_words_of_the_policys_prompt(style):
+    one = sample(gold={"joy": 1.0}, persona="Cy is calm.", theme="a boat", about="Bo: 4 words a line")
+    options = {"max_labels": 3, "thinking": False, "style": style, "descriptions": True}
+    system, user = build_messages(one, **options)
+    frame = codec().chat_frame(thinking=False)
+    prompt = build_prompt(one, codec(), max_tokens=4096, **options)
+    between = frame.between if frame.between is not None else "\n\n"
+    whole = f"{frame.before}{system}{between}{user}{frame.after}"
+    assert codec().decode(prompt.token_ids).split() == whole.split()
+
+
+def test_answers_are_scored_and_never_asked_for_twice(tmp_path):
+    log = tmp_path / "log"
+    with serving(log, "--faults", "ok,500,cut") as url:
+        with opened(tmp_path, url) as endpoint:
+            first = list(endpoint.greedy(inputs()))
+        assert all(p.answer.valid and p.label for p in first), "the server writes the three blocks"
+        assert all(p.num_tokens > 0 and p.num_prompt_tokens > 0 and p.seconds > 0 for p in first)
+        assert len(requests(log)) == 5, "three questions, two of them tried again"
+        with opened(tmp_path, url) as endpoint:
+            again = list(endpoint.greedy(inputs()))
+        assert [p.text for p in again] == [p.text for p in first]
+        assert [p.seconds for p in again] == [None] * 3, "what the cache gave took no request"
+        assert len(requests(log)) == 5
+
+
+def test_samples_of_one_input_are_different_questions(tmp_path):
+    with serving(tmp_path / "log") as url, opened(tmp_path, url) as endpoint:
+        groups = list(endpoint.sampled(inputs(2), 3))
+        assert [len(group) for group in groups] == [3, 3]
+        assert [group[0].sample.id for group in groups] == [s.id for s in inputs(2)]
+        list(endpoint.greedy(inputs(2)))
+    digests = [record["digest"] for record in requests(tmp_path / "log")]
+    assert len(digests) == len(set(digests)) == 8, "the seed tells samples apart, and 0 is the greedy answer"
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "open-sesame")
+    with serving(tmp_path / "log", "--key", "open-sesame") as url:
+        with opened(tmp_path, url, key_env="SOME_KEY") as endpoint:
+            assert len(list(endpoint.greedy(inputs(1)))) == 1
+        with opened(tmp_path / "without", url) as endpoint, pytest.raises(ExpertError, match="key_env"):
+            list(endpoint.greedy(inputs(1)))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"open-sesame" not in written.replace((tmp_path / "log").read_bytes(), b"")
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(ValueError, match="SOME_KEY"):
+        opened(tmp_path, "http://127.0.0.1:1/v1", key_env="SOME_KEY")
+
+
+def test_an_address_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected an address"):
+        opened(tmp_path, "127.0.0.1:8000")
+    assert folder_name("M/one two") == "M_one_two" and folder_name("///") == "endpoint"
+
+
+def test_the_command_scores_a_served_model(tmp_path, capsys):
+    with serving(tmp_path / "log") as url:
+        words = [
+            "--endpoint",
+            url,
+            "--model",
+            "M/one",
+            "--data.sets=[sample]",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        assert evaluate.main([*words, "--split", "dev", "--samples", "2", "--yardsticks"]) == 0
+    found = json.loads((tmp_path / "out" / "dev.json").read_text())
+    assert found["note"] == f"M/one at {url}"
+    assert {"accuracy", "lenient", "instructerc", "calibration", "parts"} <= set(found["sets"]["sample_meld"])
+    assert found["samples"]["sample_meld"]["n"] == 2
+    assert set(found["yardsticks"]["sample_meld"]) == {"majority", "stratified random", "TF-IDF + LR"}
+    speed = found["speed"]
+    assert speed["latency"]["n"] == 201 and 0 < speed["latency"]["p50"] <= speed["latency"]["p95"]
+    lines = (tmp_path / "out" / "dev_predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 201 and speed["completion_tokens"] == sum(json.loads(x)["num_tokens"] for x in lines)
+    printed = capsys.readouterr().out
+    assert "side by side" in printed and "sampled answers" in printed
+
+
+def test_the_command_says_what_is_missing(tmp_path, capsys):
+    for words in (
+        [],
+        ["--endpoint", "http://127.0.0.1:1/v1"],
+        ["--model", "x"],
+        ["--checkpoint", str(tmp_path), "--endpoint", "http://h/v1", "--model", "x"],
+    ):
+        assert evaluate.main(words) == 2
+        assert "error: " in capsys.readouterr().err
+
+
+def test_yardsticks_alone_need_no_model(tmp_path, capsys):
+    assert (
+        evaluate.main(["--yardsticks", "--data.sets=[sample]", "--split", "dev", "--out", str(tmp_path)]) == 0
+    )
+    assert not (tmp_path / "dev.json").exists(), "a run's scores must not be written over"
+    assert json.loads((tmp_path / "dev_yardsticks.json").read_text())["yardsticks"]
+    assert "TF-IDF + LR" in capsys.readouterr().out

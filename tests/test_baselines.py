@@ -1,0 +1,88 @@
+"""The baselines: which keys set them apart, which phases they train, and that each runs."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from selfemo_jax.config_io import config_folder, parse_config, read_config
+from selfemo_jax.phases import plan
+from tests import micro
+
+FOLDER = config_folder() / "baselines"
+NAMES = ("bioserc", "prc_emo", "sft", "vanilla_grpo", "zero_shot")
+SIZES = ("smollm2_135m", "tiny")
+# What a longer prompt asks for, besides what makes the baseline.
+ROOM = {
+    "data.max_prompt",
+    "batch.row_tokens",
+    "data.speaker_style",
+    "output.prompt_style",
+    "output.max_labels",
+}
+KEYS = {
+    "zero_shot": {"phases"},
+    "sft": {"phases"},
+    "bioserc": {"phases", "output.biography"},
+    "prc_emo": {"phases", "output.descriptions", "cold_start.order"},
+    "vanilla_grpo": {"reward.consensus", "flywheel.iterations", "rl.steps"},
+}
+
+
+def flat(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_baselines_differ_from_their_recipe_in_what_they_are_named_for(size):
+    assert sorted(path.stem for path in (FOLDER / size).glob("*.yaml")) == sorted(NAMES)
+    method = dict(flat(asdict(read_config(config_folder() / f"{size}.yaml"))))
+    for name in NAMES:
+        settings = dict(flat(asdict(read_config(FOLDER / size / f"{name}.yaml"))))
+        changed = {key for key in settings if settings[key] != method.get(key)}
+        assert changed - ROOM <= KEYS[name], (size, name)
+        assert changed & KEYS[name], (size, name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_baselines_train_the_phases_they_say(size):
+    phases = {name: [p.kind for p in plan(read_config(FOLDER / size / f"{name}.yaml"))] for name in NAMES}
+    supervised = ["labels", "sft"] if size == "smollm2_135m" else ["sft"]
+    assert phases == {
+        "zero_shot": [], "sft": supervised, "bioserc": supervised, "prc_emo": supervised,
+        "vanilla_grpo": [*supervised, "rl"],
+    }  # fmt: skip
+
+
+def test_settings_that_train_nothing_by_mistake_are_refused():
+    small = {"flywheel": {"retrain": {"init": "cold"}}}
+    with pytest.raises(ValueError, match="nothing to train; set cold_start.source"):
+        parse_config(small | {"phases": "cold", "cold_start": {"source": "none"}})
+    with pytest.raises(ValueError, match="speaker_style is index"):
+        parse_config(small | {"output": {"biography": "train_lines"}, "data": {"speaker_style": "index"}})
+    with pytest.raises(ValueError, match="nobody would write it"):
+        parse_config(small | {"output": {"biography": "expert"}})
+
+
+def test_zero_shot_scores_the_base_policy_and_trains_nothing(tmp_path):
+    run = tmp_path / "run"
+    assert micro.run(run, *micro.settings(phases="none")) == 0
+    assert micro.metrics(run) == [] and not list(run.glob("phases/*"))
+    final = json.loads((run / "eval" / "final.json").read_text())
+    found = json.loads((run / "eval" / "dev.json").read_text())["sets"]
+    assert final["global_step"] == 0 and found["sample_meld"]["num"] > 0
+    assert micro.run(run, *micro.settings(phases="none"), "--resume") == 2, "there is nothing to go on with"
+
+
+def test_supervised_baselines_end_after_the_cold_start_and_choose_by_dev(tmp_path):
+    run = tmp_path / "run"
+    words = micro.settings(phases="cold", cold_start__order="curriculum", output__descriptions="true")
+    assert (
+        micro.run(run, *words, "--data.max_prompt=300", "--batch.row_tokens=384", "--cold_start.num=16") == 0
+    )
+    assert [path.name for path in run.glob("phases/*")] == ["00_cold"]
+    assert json.loads((run / "eval" / "final.json").read_text())["best"]["phase"] == "cold"
