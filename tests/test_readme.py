@@ -14,7 +14,7 @@ from selfemo_jax.selfplay import __main__ as selfplay
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study.arms import find_arms
 from tests import micro
-from tools import bench_throughput, convert_hf, vllm_sidecar
+from tools import bench_throughput, convert_hf, plan, vllm_sidecar
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = {
@@ -133,6 +133,12 @@ def test_the_commands_of_the_sidecar_parse():
     parser = vllm_sidecar._parser()
     shown = [parser.parse_args(shlex.split(line)[1:]).command for line in of_program("tools/vllm_sidecar.py")]
     assert shown == ["setup", "serve"]
+
+
+def test_the_plan_shown_is_made(capsys):
+    for line in of_program("tools/plan.py"):
+        assert plan.main([*shlex.split(line)[1:], "--no_compile"]) == 0
+        assert "largest micro-batch" in capsys.readouterr().out
 
 
 def test_the_flags_shown_for_the_benchmark_exist(capsys):
