@@ -144,7 +144,11 @@ def common(first: Predictions, second: Predictions, name: str) -> Pair | None:
 def _test(pairs: Sequence[Pair], *, num: int) -> dict[str, Any]:
     first = [[dialogue_counts(here, labels)] for here, _, labels in pairs]
     second = [[dialogue_counts(there, labels)] for _, there, labels in pairs]
-    right = [[line["prediction"] == line["gold"] for pair in pairs for line in pair[side]] for side in (0, 1)]
+    sides = (
+        [line for here, _, _ in pairs for line in here],
+        [line for _, there, _ in pairs for line in there],
+    )
+    right = [[line["prediction"] == line["gold"] for line in lines] for lines in sides]
     won, lost, p = mcnemar_exact(*right)
     gaps = {name: difference(first, second, SCORES[name], num=num) for name in ("accuracy", "weighted_f1")}
     row: dict[str, Any] = {"n": len(right[0]), "dialogues": sum(len(runs[0]) for runs in first)}

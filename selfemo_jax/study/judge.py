@@ -122,7 +122,9 @@ def ask_judges(
     ExpertError when a judge leaves questions open."""
     from selfemo_jax.config_io import load_config
 
-    config, _ = load_config(["--config", config_file], prog="selfemo_jax.study")
+    # Nothing is trained here: a file with judges alone must not be asked for a base policy.
+    words = ["--config", config_file, "--flywheel.retrain.init=cold"]
+    config, _ = load_config(words, prog="selfemo_jax.study")
     if not config.expert.endpoints:
         raise ValueError(f"{config_file}: expert.endpoints is empty; name the judges there")
     judged = []

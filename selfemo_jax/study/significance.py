@@ -92,13 +92,20 @@ def mean_of_sums(sums: np.ndarray) -> np.ndarray:
     return np.divide(total, number, out=np.full_like(total, np.nan, float), where=number > 0)
 
 
-def draw(num_dialogues: int, num_runs: int = 1, *, num: int = NUM_SAMPLES, seed: int = 0) -> Draws:
-    """Bootstrap samples: dialogues and runs, each drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    dialogues = rng.multinomial(num_dialogues, np.full(num_dialogues, 1 / num_dialogues), size=num)
+def draw(
+    num_dialogues: int, num_runs: int = 1, *, num: int = NUM_SAMPLES, seed: int = 0, part: int = 0
+) -> Draws:
+    """Bootstrap samples: dialogues and runs, each drawn with replacement.
+
+    Another ``part`` (data set) has other dialogues, but the same runs: a run is drawn with all its sets.
+    """
+
+    def times(rng: np.random.Generator, number: int) -> np.ndarray:
+        return rng.multinomial(number, np.full(number, 1 / number), size=num).astype(float)
+
     return Draws(
-        dialogues=dialogues.astype(float),
-        runs=rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num).astype(float),
+        dialogues=times(np.random.default_rng([seed, 0, part]), num_dialogues),
+        runs=times(np.random.default_rng([seed, 1]), num_runs),
     )
 
 
@@ -120,7 +127,7 @@ def estimate(
 
     sets: for each data set the counts ``[D, X, Y]`` of each run (one run: its dialogues alone are drawn).
     """
-    drawn = np.mean([_set_samples(runs, score, num, seed + i) for i, runs in enumerate(sets)], axis=0)
+    drawn = np.mean([_set_samples(runs, score, num, seed, i) for i, runs in enumerate(sets)], axis=0)
     low, high = _bounds(drawn)
     return Estimate(value=float(np.mean([point(runs, score) for runs in sets])), low=low, high=high)
 
@@ -141,7 +148,7 @@ def difference(
     """
     drawn = np.mean(
         [
-            _set_samples(there, score, num, seed + i) - _set_samples(here, score, num, seed + i)
+            _set_samples(there, score, num, seed, i) - _set_samples(here, score, num, seed, i)
             for i, (here, there) in enumerate(zip(first, second, strict=True))
         ],
         axis=0,
@@ -196,8 +203,8 @@ def paired_t(first: Sequence[float], second: Sequence[float]) -> float | None:
     return float(stats.ttest_rel(second, first).pvalue)
 
 
-def _set_samples(runs: Sequence[np.ndarray], score: Score, num: int, seed: int) -> np.ndarray:
-    return samples(runs, score, draw(len(runs[0]), len(runs), num=num, seed=seed))
+def _set_samples(runs: Sequence[np.ndarray], score: Score, num: int, seed: int, part: int) -> np.ndarray:
+    return samples(runs, score, draw(len(runs[0]), len(runs), num=num, seed=seed, part=part))
 
 
 def _bounds(drawn: np.ndarray) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def test_broken_bytes_do_not_move_the_tokens_behind_them():
 
 
 def test_a_tokenizer_whose_tokens_have_no_places_is_refused():
-    texts = {(1,): "ab", (1, 2): "a", (2,): "", (1, 2, 3): "abc", (3,): "x", (2, 3): ""}
+    texts = {(1,): "ab", (1, 2): "a", (2,): "", (1, 2, 3): "abc", (3,): ""}
     with pytest.raises(ValueError, match="no places"):
         token_ranges([1, 2, 3], lambda ids: texts[tuple(ids)])
 

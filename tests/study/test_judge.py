@@ -41,8 +41,7 @@ def pair(number: int, first: str, second: str, **changes) -> dict:
         "first": answer(first),
         "second": answer(second),
         "note": "plumbing run, not a result",
-        **changes,
-    }
+    } | changes
 
 
 def pairs_file(tmp_path, pairs):

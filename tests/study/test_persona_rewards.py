@@ -39,7 +39,9 @@ def run(tmp_path, monkeypatch):
         (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(text)
     metrics = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}, {"step": 3}, {"step": 4, "loss": 0.1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    (folder / "config.yaml").write_text("note: plumbing run, not a result\n")
+    (folder / "config.yaml").write_text(
+        "note: plumbing run, not a result\nflywheel: {retrain: {init: cold}}\n"
+    )
     responders = {"s/train/a/1": "Ana", "s/train/a/2": "Ana", "s/train/b/3+1+1": "Ben", "s/train/c/0": "Cy"}
     monkeypatch.setattr(persona_rewards, "responders_of", lambda folder: responders)
     return folder

@@ -82,6 +82,16 @@ def test_sets_count_equally_whatever_their_size():
     assert estimate([[small], [large]], mean_of_sums, num=100).value == pytest.approx(0.5)
 
 
+def test_a_run_is_drawn_with_all_its_sets():
+    right, wrong = np.array([[[1.0, 1.0]]]), np.array([[[0.0, 1.0]]])
+    runs = [right, wrong, wrong]
+    # All three draws take the right run in 1 of 27 samples, more than 2.5 %; two sets whose runs are drawn
+    # apart would both do so in 1 of 729.
+    assert estimate([runs], mean_of_sums).high == estimate([runs, runs], mean_of_sums).high == 1.0
+    one, other = (draw(5, 3, num=50, part=part) for part in (0, 1))
+    assert np.array_equal(one.runs, other.runs) and not np.array_equal(one.dialogues, other.dialogues)
+
+
 def test_sums_by_dialogue_by_hand():
     sums = sums_by_dialogue([1.0, 0.5, 0.0], ["s/t/b/0", "s/t/a/0", "s/t/b/1"])
     assert sums.tolist() == [[[0.5, 1.0]], [[1.0, 2.0]]]
