@@ -31,7 +31,7 @@ if ROOT not in sys.path:
 
 NO_DATA = (
     "SELFEMO_DATA is not set to a folder with meld/ and emorynlp/; "
-    "`python tools/data.py fetch` says where the files come from"
+    "`python tools/data.py fetch --root DIR` gets the files"
 )
 
 
