@@ -6,8 +6,9 @@
 (b) For the weights that each phase left, the mean entropy on the tokens of each part of an answer: reasoning,
 emotion, self-emotion, response. ``recorded`` (default) reads the run's recorded rollouts, the same ones for
 every phase, spread evenly over its RL steps; ``sampled`` lets each phase's weights answer held-out inputs
-(``--split``) at the rollout temperature, which is the policy's own entropy on data that it was not trained
-on. Only answers inside the grammar have parts; how many there are is told. Intervals draw dialogues.
+(``--split``; ``selfemo`` are the run's held-out synthetic ones, as in the paper) at the rollout temperature,
+which is the policy's own entropy on data that it was not trained on. Only answers inside the grammar have
+parts; how many there are is told. Intervals draw dialogues.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.grammar import parse
+from selfemo_jax.data.inputs import Sample
 from selfemo_jax.parts import Parts, build_parts, make_engine, weights_of
 from selfemo_jax.rollout.engine import Completion, Request, Sampling
 from selfemo_jax.rollout.records import load_groups
@@ -29,6 +31,8 @@ from selfemo_jax.study.reading import read_jsonl, read_metrics, run_note
 from selfemo_jax.study.significance import estimate, mean_of_sums, sums_by_dialogue
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
+
+SELFEMO = "selfemo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run with its phases and rollouts")
     parser.add_argument("--answers", choices=("recorded", "sampled"), default="recorded", help="what is read")
     parser.add_argument("--rollouts", type=int, default=512, help="answers for each phase at most")
-    parser.add_argument("--split", default="test", help="split of the inputs that are answered (sampled)")
+    words = "split of the inputs that are answered (sampled); selfemo: held-out synthetic inputs"
+    parser.add_argument("--split", default="test", help=words)
     parser.add_argument("--data-root", help="folder of the corpora; default: as the run says")
     parser.add_argument("--out", type=Path, help="folder; default: study/ in the run")
 
@@ -129,7 +134,7 @@ def part_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for version, folder in enumerate(folders):
         params = weights_of(parts, folder / "weights")
         asked, answers = recorded or sampled_answers(
-            parts, params, split=args.split, most=args.rollouts, version=version
+            parts, params, inputs_of(args.run, config, args.split), most=args.rollouts, version=version
         )
         if not answers:
             raise ValueError(
@@ -207,16 +212,34 @@ def recorded_answers(run_dir: Path, parts: Parts, *, most: int) -> tuple[int, li
     return asked, found
 
 
+def inputs_of(run_dir: Path, config: Config, split: str) -> tuple[Sample, ...]:
+    """The inputs of a labelled split, or the accepted synthetic ones that the run held out by root
+    dialogue."""
+    from selfemo_jax.phases import plan
+    from selfemo_jax.run_data import load_data
+    from selfemo_jax.run_inputs import synthetic_inputs
+
+    if split != SELFEMO:
+        return load_data(config).split(split)
+    records = read_jsonl(run_dir / "flywheel.jsonl", hint="this run has no harvest; name a labelled --split")
+    _, held = synthetic_inputs(plan(config)[-1], records, config)
+    if not held:
+        raise ValueError(
+            f"{run_dir}: no accepted synthetic input was held out (flywheel.heldout "
+            f"{config.flywheel.heldout})"
+        )
+    return held
+
+
 def sampled_answers(
-    parts: Parts, params: Any, *, split: str, most: int, version: int
+    parts: Parts, params: Any, inputs: Sequence[Sample], *, most: int, version: int
 ) -> tuple[int, list[Spoken]]:
-    """One sampled answer of these weights to each of at most ``most`` inputs of a split, and the valid
-    ones."""
-    from selfemo_jax.run_data import fixed_subset, load_data
+    """One sampled answer of these weights to each of at most ``most`` inputs, and the valid ones."""
+    from selfemo_jax.run_data import fixed_subset
     from selfemo_jax.scores import encode_prompt
 
     config: Config = parts.config
-    samples = fixed_subset(load_data(config).split(split), most, seed=config.seed, purpose="study/entropy")
+    samples = fixed_subset(inputs, most, seed=config.seed, purpose="study/entropy")
     told = config.eval.persona == "given"
     prompts = [encode_prompt(sample, parts.codec, config, persona=told) for sample in samples]
     requests = [

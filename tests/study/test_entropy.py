@@ -14,11 +14,11 @@ from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, forward, init_params, logits
 from selfemo_jax.rollout.engine import Completion
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.entropy import Spoken, part_means, phase_rows, spoken
+from selfemo_jax.study.entropy import Spoken, inputs_of, part_means, phase_rows, spoken
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
 from tests import micro
-from tests.fabricated import codec, settings
+from tests.fabricated import codec, sample, settings, synthetic
 
 MELD = ("joy", "fear", "anger")
 REPLY = "Café \U0001f642 at nine – yes."
@@ -163,3 +163,20 @@ def test_a_run_is_measured(answers, tmp_path, capsys):
         # The same answers for every phase.
         assert len({row["valid"] for row in found["by part"]}) == 1
     assert micro.NOTE in capsys.readouterr().out and found["note"] == micro.NOTE
+
+
+def test_held_out_synthetic_inputs_are_those_of_the_harvest_or_missing_with_a_reason(tmp_path):
+    config = settings(flywheel={"heldout": 0.5, "iterations": 1})
+    with pytest.raises(ValueError, match="labelled --split"):
+        inputs_of(tmp_path, config, "selfemo")
+    children = [
+        synthetic(sample(gold={"joy": 1.0}, dialogue=f"d{place}"), iteration=1) for place in range(20)
+    ]
+    lines = [{"accepted": True, "iteration": 1, "sample": child.to_json()} for child in children]
+    lines.append({"accepted": False, "iteration": 1, "sample": None})
+    (tmp_path / "flywheel.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = inputs_of(tmp_path, config, "selfemo")
+    assert 0 < len(held) < 20 and {one.id for one in held} < {one.id for one in children}
+    none = settings(flywheel={"heldout": 0, "iterations": 1})
+    with pytest.raises(ValueError, match="was held out"):
+        inputs_of(tmp_path, none, "selfemo")
