@@ -53,15 +53,17 @@ def shown(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def print_table(title: str, rows: Sequence[Row], *, width: int = 200) -> None:
-    """The table in the terminal."""
+    """The table in the terminal, under its title on one line: a note that is broken in two is not found."""
     lines = shown(rows)
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in lines[0] if lines else ():
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
         table.add_column(name, justify="right" if numeric else "left")
     for line in lines:
         table.add_row(*line.values())
-    Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
+    console.print(title, soft_wrap=True)
+    console.print(table)
 
 
 def markdown(title: str, rows: Sequence[Row]) -> str:
