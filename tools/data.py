@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, title
 from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
 from selfemo_jax.data.fetch import fetch_files, files_of, state_of
+from selfemo_jax.data.leakage import tables
 from selfemo_jax.data.manifest import SHA256, SOURCES, URLS
 
 
@@ -104,11 +105,35 @@ def audit(args: argparse.Namespace) -> None:
             ids = [parts[f"{corpus.name}/{split}/{d.dialogue_id}"] for d in corpus.splits[split]]
             count = f"{ids.count('shared')} of {len(ids)} dialogues occur in training"
             print(f"{title(corpus.name)} {split}: {count}")
+    counted = tables(by_name)
+    print_overlap(counted)
     _, report = decontaminate(by_name, rule=args.rule)
     for line in report["messages"]:
         print(line)
     print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
-    _save({**report, "parts": parts}, args.json)
+    _save({**report, "parts": parts, "overlap": counted}, args.json)
+
+
+def print_overlap(counted: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+    """Line by line: what of each split is in its own training data, and in that of other sets."""
+    for where, own in counted["own"].items():
+        share = 100 * own["exact"] / max(1, own["rows"])
+        print(
+            f"{where}: {share:.1f} % of rows are training rows word for word (of {own['long']:,} "
+            f"rows with six words "
+            f"or more: {own['long_exact']}); {own['identical']} dialogues identical, {own['shared']} "
+            f"share a scene"
+        )
+    for where, cross in counted["cross"].items():
+        aligned = 100 * cross["rows_aligned"] / max(1, cross["rows"])
+        print(
+            f"{where}: {cross['shared']} of {cross['dialogues']} dialogues share a scene "
+            f"({cross['rows_in_shared']:,} of "
+            f"{cross['rows']:,} rows; {cross['rows_aligned']} aligned, {aligned:.1f} %); of "
+            f"{cross['informative']:,} rows "
+            f"with five words or more the same speaker says {cross['verbatim']} word for word, "
+            f"{cross['near']} nearly"
+        )
 
 
 def fetch(args: argparse.Namespace) -> None:

@@ -1,0 +1,206 @@
+"""How much of an evaluation split is in training data, counted line by line: the tables of `tools/data.py
+audit`.
+
+Text is lower-cased, apostrophes are dropped, and all else that is no letter or digit parts words. A line is
+informative from five words on. Which dialogues are shared is decided by the strict rule of `audit`, whose
+word rule keeps the halves of "don't" apart; speakers are compared by their first name, as MELD has no
+other.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, root_id, shared_dialogues
+from selfemo_jax.data.dialogues import Corpus, Dialogue
+
+LONG_WORDS = 6
+"""Words from which an exact repetition is no longer small talk."""
+MIN_CONTAINED = 3
+"""Words of a line that counts as aligned with a longer one that contains it."""
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnOverlap:
+    """An evaluation split against the training split of its own set."""
+
+    rows: int
+    exact: int
+    """Rows whose text is a training row's, mostly small talk."""
+    long: int
+    """Rows of at least `LONG_WORDS` words."""
+    long_exact: int
+    dialogues: int
+    identical: int
+    """Dialogues of two turns or more that are a training dialogue, turn for turn."""
+    shared: int
+    """Dialogues that share a scene with a training dialogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossOverlap:
+    """An evaluation split against the training split of another set."""
+
+    dialogues: int
+    shared: int
+    """Dialogues that share a scene with a training dialogue."""
+    rows: int
+    rows_in_shared: int
+    rows_aligned: int
+    """Rows of shared dialogues with a counterpart, in order, in the training dialogue that has most."""
+    informative: int
+    verbatim: int
+    """Informative rows that a training row of the same speaker repeats word for word."""
+    near: int
+    """Informative rows near an informative training row of the same speaker, or one contained in the
+    other."""
+
+
+def words_of(text: str) -> Words:
+    """The words of a line as they are compared."""
+    plain = (
+        unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2018", "'"))
+        .lower()
+        .replace("'", "")
+    )
+    return tuple(re.findall(r"[a-z0-9]+", plain))
+
+
+def own_overlap(corpus: Corpus, split: str) -> OwnOverlap:
+    """Counts for one evaluation split of a set."""
+    train, evaluation = corpus.splits["train"], corpus.splits[split]
+    known = {words_of(turn.text) for dialogue in train for turn in dialogue.turns}
+    whole = {tuple(words_of(turn.text) for turn in dialogue.turns) for dialogue in train}
+    lines = [[words_of(turn.text) for turn in dialogue.turns] for dialogue in evaluation]
+    rows = [line for dialogue in lines for line in dialogue]
+    return OwnOverlap(
+        rows=len(rows),
+        exact=sum(line in known for line in rows),
+        long=sum(len(line) >= LONG_WORDS for line in rows),
+        long_exact=sum(len(line) >= LONG_WORDS and line in known for line in rows),
+        dialogues=len(evaluation),
+        identical=sum(len(dialogue) > 1 and tuple(dialogue) in whole for dialogue in lines),
+        shared=len({pair.first for pair in shared_dialogues(evaluation, train)}),
+    )
+
+
+def cross_overlap(corpus: Corpus, split: str, other: Corpus) -> CrossOverlap:
+    """Counts for one evaluation split of ``corpus`` against the training split of ``other``."""
+    evaluation, train = corpus.splits[split], other.splits["train"]
+    pairs = shared_dialogues(evaluation, train)
+    by_root = {root_id(dialogue): dialogue for dialogue in (*evaluation, *train)}
+    best: dict[str, int] = defaultdict(int)
+    for pair in pairs:
+        aligned = num_aligned(_lines(by_root[pair.first]), _lines(by_root[pair.second]))
+        best[pair.first] = max(best[pair.first], aligned)
+    asked = [line for line in _spoken(evaluation) if len(line[1]) >= MIN_WORDS]
+    known: dict[str, list[Words]] = defaultdict(list)
+    for speaker, words in _spoken(train):
+        if len(words) >= MIN_WORDS:
+            known[speaker].append(words)
+    index = {speaker: _Index(lines) for speaker, lines in known.items()}
+    nothing = _Index(())
+    return CrossOverlap(
+        dialogues=len(evaluation),
+        shared=len(best),
+        rows=sum(len(dialogue.turns) for dialogue in evaluation),
+        rows_in_shared=sum(len(by_root[root].turns) for root in best),
+        rows_aligned=sum(best.values()),
+        informative=len(asked),
+        verbatim=sum(words in index.get(speaker, nothing).exact for speaker, words in asked),
+        near=sum(index.get(speaker, nothing).has_near(words) for speaker, words in asked),
+    )
+
+
+def num_aligned(one: Sequence[Words], other: Sequence[Words]) -> int:
+    """Most rows of two dialogues that can be paired in order: equal, near, or one contained in the other."""
+    longest = [0] * (len(other) + 1)
+    for line in one:
+        above = longest
+        longest = [0]
+        for place, candidate in enumerate(other):
+            paired = above[place] + 1 if _paired(line, candidate) else 0
+            longest.append(max(paired, above[place + 1], longest[place]))
+    return longest[-1]
+
+
+def tables(corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
+    """Own and cross overlap of every dev and test split, as JSON types: `set/split` or `set/split <
+    other`."""
+    own = {
+        f"{name}/{split}": asdict(own_overlap(corpus, split))
+        for name, corpus in corpora.items()
+        for split in ("dev", "test")
+    }
+    cross = {
+        f"{name}/{split} < {other}": asdict(cross_overlap(corpus, split, corpora[other]))
+        for name, corpus in corpora.items()
+        for split in ("dev", "test")
+        for other in corpora
+        if other != name
+    }
+    return {"own": own, "cross": cross}
+
+
+class _Index:
+    """Lines of one speaker, found by the words that they share with another."""
+
+    def __init__(self, lines: Sequence[Words]):
+        self.exact = set(lines)
+        self._lines = [(words, frozenset(words)) for words in self.exact]
+        self._by_word: dict[str, set[int]] = defaultdict(set)
+        for number, (_, unique) in enumerate(self._lines):
+            for word in unique:
+                self._by_word[word].add(number)
+
+    def has_near(self, words: Words) -> bool:
+        """Whether a line is near the words, contains them or is contained in them."""
+        if words in self.exact:
+            return True
+        unique = frozenset(words)
+        shared: dict[int, int] = defaultdict(int)
+        for word in unique:
+            for number in self._by_word.get(word, ()):
+                shared[number] += 1
+        for number, common in shared.items():
+            line, own = self._lines[number]
+            if common >= MIN_JACCARD * (len(unique) + len(own) - common) - 1e-9:
+                return True
+            if common == min(len(unique), len(own)) and _contains(words, line):
+                return True
+        return False
+
+
+def _spoken(dialogues: Sequence[Dialogue]) -> Iterator[tuple[str, Words]]:
+    """(first name, words) of every row."""
+    for dialogue in dialogues:
+        for turn in dialogue.turns:
+            yield (turn.speaker.split() or [""])[0].lower(), words_of(turn.text)
+
+
+def _lines(dialogue: Dialogue) -> list[Words]:
+    return [words_of(turn.text) for turn in dialogue.turns]
+
+
+def _paired(one: Words, other: Words) -> bool:
+    if not one or not other:
+        return False
+    if one == other:
+        return True
+    first, second = set(one), set(other)
+    common = len(first & second)
+    if common >= MIN_JACCARD * (len(first) + len(second) - common) - 1e-9:
+        return True
+    return min(len(one), len(other)) >= MIN_CONTAINED and _contains(one, other)
+
+
+def _contains(one: Words, other: Words) -> bool:
+    shorter, longer = sorted((one, other), key=len)
+    return f" {' '.join(shorter)} " in f" {' '.join(longer)} "
