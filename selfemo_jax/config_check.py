@@ -119,8 +119,8 @@ def _data(config: Config) -> Iterator[str]:
         )
     if config.output.biography == "expert" and not config.expert.endpoints:
         yield (
-            "output.biography is expert and expert.endpoints is empty: nobody would write it; name an endpoint, "
-            "or set output.biography to train_lines"
+            "output.biography is expert and expert.endpoints is empty: nobody would write it; name an "
+            "endpoint, or set output.biography to train_lines"
         )
     if not data.sets:
         yield f"data.sets is empty; name at least one of {', '.join(NAMED_SETS)} or a folder"
@@ -232,8 +232,8 @@ def _phases(config: Config) -> Iterator[str]:
     retrain = config.flywheel.retrain
     if config.phases == "cold" and config.cold_start.source == "none" and not config.cold_start.labels.epochs:
         yield (
-            "phases is cold and cold_start.source is none: there is nothing to train; set cold_start.source to "
-            "human, or phases to none for a zero-shot score"
+            "phases is cold and cold_start.source is none: there is nothing to train; set cold_start.source "
+            "to human, or phases to none for a zero-shot score"
         )
     if config.phases != "all":
         return

@@ -23,6 +23,7 @@ from selfemo_jax.config import Config, Optim
 from selfemo_jax.data.curriculum import difficulties, root_of
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.distributed import alone, any_of, is_first
 from selfemo_jax.lengths import report_lengths
 from selfemo_jax.model.adapters import base_of
 from selfemo_jax.model.decoder import Params
@@ -35,6 +36,7 @@ from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, rollout_stream, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset
 from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier, recorded_turn
+from selfemo_jax.run_hosts import SharedStore
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
 from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder, weights_named
@@ -43,11 +45,11 @@ from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.selfplay.recorded import RecordedTurn
-from selfemo_jax.selfplay.store import Store
 from selfemo_jax.serving import run_engine
 from selfemo_jax.train_step import Steps, TrainState
 
 Item = TypeVar("Item")
+TIME_LIMIT = "time limit"
 
 
 class Run:
@@ -76,7 +78,7 @@ class Run:
         self._item: tuple[int, Any] = (0, None)
         self._compiles = CompileCounter()
         self._profiler = StepProfiler(config.log.profile_steps, self.dir / "profile")
-        self._flywheel = Store(self.dir / "flywheel.jsonl")
+        self._flywheel = SharedStore(self.dir / "flywheel.jsonl")
         self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"
         self._store = StateStore(
@@ -239,7 +241,7 @@ class Run:
         return found and self._of_phase.enter_context(found)
 
     def _records(self, **which: Any) -> list[dict[str, Any]]:
-        return list(self._flywheel.records(**which))
+        return self._flywheel.records(**which)
 
     # The end of a step, and of a phase
 
@@ -263,6 +265,8 @@ class Run:
     def record(self, rollouts: Rollouts, scored: Scored) -> None:
         """Write the step's rollouts: arrays for replay, text for people."""
         global_step = self.global_step + 1
+        if not is_first():
+            return
         with self.timer("record"):
             save_groups(self.dir, global_step, rollouts.requests, rollouts.groups)
             save_texts(self.dir, global_step, scored)
@@ -354,16 +358,15 @@ class Run:
         if reason:
             self._store.wait()
             words = f"{reason} at {phase.name} step {step}; saved, go on with --resume --run_dir {self.dir}"
-            if self._stop is None and state is not None:
+            if reason.startswith(TIME_LIMIT) and state is not None:
                 self._score_final(state.params, notice=f"unfinished: {reason}")
             raise Stopped(words)
 
     def _why_stop(self) -> str:
         limit = self.config.time_limit
-        if self._stop is not None:
-            return self._stop
         over = limit is not None and time.monotonic() - self._started > limit * 60
-        return f"time limit of {limit:g} min reached" if over else ""
+        reason = self._stop or (f"{TIME_LIMIT} of {limit:g} min reached" if over else "")
+        return any_of(reason, channel="stop")
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Ask for a stop at the next step boundary."""
@@ -404,9 +407,10 @@ class Run:
         with self.timer("save"):
             save_policy(folder, params, self.parts, phase=phase, global_step=self.global_step)
 
-    def _logs(self) -> dict[str, AppendLog | Store]:
-        assert self.log.metrics is not None
-        return {"metrics.jsonl": self.log.metrics, "flywheel.jsonl": self._flywheel}
+    def _logs(self) -> dict[str, AppendLog | SharedStore]:
+        """Those that this process writes."""
+        logs = {"metrics.jsonl": self.log.metrics, "flywheel.jsonl": self._flywheel}
+        return {name: log for name, log in logs.items() if log is not None and is_first()}
 
     def _meta(self, position: Position, iterator: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
@@ -425,4 +429,5 @@ class Run:
         self._flywheel.close()
         self._of_phase.close()
         self.engine.close()
-        self._store.close()
+        if not alone():
+            self._store.close()

@@ -30,14 +30,17 @@ def add_biographies(config: Config, data: RunData, panel: Panel, folder: Path) -
         if text is not None:
             written[speaker] = text
             sources.add(answers[0].source)
-    record = [{"dataset": dataset, "speaker": name, "text": text} for (dataset, name), text in written.items()]
+    record = [
+        {"dataset": dataset, "speaker": name, "text": text} for (dataset, name), text in written.items()
+    ]
     content = {"source": ", ".join(sorted(sources)), "biographies": record}
     atomic_write(folder / FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return _told(data, content)
 
 
 def with_biographies(config: Config, data: RunData) -> RunData:
-    """The data with what experts wrote for the run that the settings are of; unchanged where they wrote nothing.
+    """The data with what experts wrote for the run that the settings are of; unchanged where they wrote
+    nothing.
 
     ValueError where the settings ask for them and the run's folder has none.
     """
@@ -46,8 +49,8 @@ def with_biographies(config: Config, data: RunData) -> RunData:
     path = Path(config.run_dir or ".") / FILE
     if not path.is_file():
         raise ValueError(
-            f"output.biography is expert and {path} does not exist: the biographies lie in the folder of the run "
-            "that asked for them; give it as --run_dir, or set output.biography to train_lines or none"
+            f"output.biography is expert and {path} does not exist: the biographies lie in the folder of the "
+            "run that asked for them; give it as --run_dir, or set output.biography to train_lines or none"
         )
     return _told(data, json.loads(path.read_text(encoding="utf-8")))
 

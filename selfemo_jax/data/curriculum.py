@@ -1,8 +1,8 @@
 """From easy dialogues to hard ones: how much the feelings in them shift.
 
-A dialogue is harder the more often the label changes from one labelled turn to the next, and from a speaker's turn to
-the same speaker's next turn, which counts double: a weighted share of emotional shifts, in the manner of PRC-Emo; the
-weights are this project's. Only training labels are looked at.
+A dialogue is harder the more often the label changes from one labelled turn to the next, and from a
+speaker's turn to the same speaker's next turn, which counts double: a weighted share of emotional shifts,
+in the manner of PRC-Emo; the weights are this project's. Only training labels are looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ NUM_STAGES = 5
 
 
 def difficulty(turns: Iterable[tuple[str, str]]) -> float:
-    """From 0 (one feeling throughout) to 1 (another at every turn) for (speaker, label) pairs in spoken order."""
+    """From 0 (one feeling throughout) to 1 (another at every turn) for (speaker, label) pairs in spoken
+    order."""
     shifts = pairs = 0.0
     previous: str | None = None
     last_of: dict[str, str] = {}
@@ -34,13 +35,16 @@ def difficulty(turns: Iterable[tuple[str, str]]) -> float:
 def difficulties(train: Mapping[str, Dialogue]) -> dict[str, float]:
     """Root id of each training dialogue -> its difficulty."""
     return {
-        root: difficulty((turn.speaker, heaviest_label(turn.labels)) for turn in dialogue.turns if turn.labels)
+        root: difficulty(
+            (turn.speaker, heaviest_label(turn.labels)) for turn in dialogue.turns if turn.labels
+        )
         for root, dialogue in train.items()
     }
 
 
 def root_of(item: Any) -> str:
-    """Dialogue that an item of training belongs to: a sample, an example, or the tuple of those of a dialogue."""
+    """Dialogue that an item of training belongs to: a sample, an example, or the tuple of those of a
+    dialogue."""
     while isinstance(item, tuple):
         item = item[0]
     return item.root_id

@@ -96,6 +96,7 @@ def _fetch(url: str, path: Path, sha256: str, first_wait: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
+        found = ""
         for attempt in range(1, TRIES + 1):
             try:
                 found = _download(url, part)

@@ -61,8 +61,8 @@ def read_key(endpoint: Endpoint) -> str | None:
 
 
 class HttpExpert:
-    """One chat server. ``retries`` counts failed requests by kind; ``seconds`` has the time of the request that
-    was answered, by the answer's key; nothing here keeps the key but the
+    """One chat server. ``retries`` counts failed requests by kind; ``seconds`` has the time of the request
+    that was answered, by the answer's key; nothing here keeps the key but the
     request headers."""
 
     def __init__(self, endpoint: Endpoint, expert: Expert, sampling: ChatSampling):
