@@ -1,0 +1,115 @@
+"""Overlap counted line by line: by hand, and the known numbers of the real files."""
+
+import pytest
+
+from selfemo_jax.data.dialogues import EMORYNLP, MELD, Dialogue, Turn, load_corpora, make_corpus
+from selfemo_jax.data.leakage import (
+    CrossOverlap,
+    OwnOverlap,
+    cross_overlap,
+    num_aligned,
+    own_overlap,
+    words_of,
+)
+
+A = ("Ada", "The ferry leaves at nine in the morning.")
+B = ("Bo", "I packed seven coats and one umbrella!")
+C = ("Ada", "Nobody told me about the storm tonight.")
+
+
+def corpus(labels, full_names=False, **splits):
+    made = {
+        split: [
+            Dialogue(
+                dataset=labels.name,
+                split=split,
+                dialogue_id=str(number),
+                turns=tuple(
+                    Turn(speaker=f"{name} Smith" if full_names else name, text=text, labels={"neutral": 1.0})
+                    for name, text in dialogue
+                ),
+            )
+            for number, dialogue in enumerate(dialogues)
+        ]
+        for split, dialogues in splits.items()
+    }
+    return make_corpus(labels, made)
+
+
+def test_words_drop_apostrophes_and_part_at_everything_else():
+    assert words_of("Don\u2019t say 'caf\u00e9'\u2014I'm OK!") == ("dont", "say", "cafe", "im", "ok")
+    assert words_of("!") == ()
+
+
+def test_own_overlap_by_hand():
+    hm = ("Bo", "Hm, yes.")
+    meld = corpus(
+        MELD,
+        train=[[A, hm, B], [hm, A], [hm]],
+        test=[[hm, A], [hm], [A, ("Bo", "No."), ("Ada", B[1])]],
+        dev=[],
+    )
+    assert own_overlap(meld, "test") == OwnOverlap(
+        rows=6, exact=5, long=3, long_exact=3, dialogues=3, identical=1, shared=1
+    )
+
+
+def test_cross_overlap_by_hand_compares_first_names():
+    near = ("Ada", "The ferry leaves at nine in the evening.")  # 7 of 9 words
+    part = ("Bo", "Well, I packed seven coats and one umbrella, you know.")
+    meld = corpus(MELD, train=[[A, ("Bo", "Hm."), B], [C]], test=[], dev=[])
+    other = ("Cy", C[1])
+    emory = corpus(
+        EMORYNLP, full_names=True, train=[], dev=[], test=[[near, ("Bo", "Hm."), part, other], [A]]
+    )
+    assert cross_overlap(emory, "test", meld) == CrossOverlap(
+        dialogues=2, shared=1, rows=5, rows_in_shared=4, rows_aligned=3, informative=4, verbatim=1, near=3
+    )
+
+
+def test_alignment_keeps_the_order_and_pairs_a_row_once():
+    a, b, c = (words_of(text) for _, text in (A, B, C))
+    assert num_aligned([a, b, c], [a, c]) == 2
+    assert num_aligned([a, b], [b, a]) == 1
+    assert num_aligned([a], [a, a]) == 1
+    assert num_aligned([a, ()], [(), a]) == 1, "rows without words pair with nothing"
+    assert num_aligned([("oh", "no")], [("oh", "no", "not", "again")]) == 0, "two words are not enough"
+
+
+@pytest.fixture(scope="module")
+def real(selfemo_data):
+    return {c.name: c for c in load_corpora(["meld", "emorynlp"], selfemo_data)}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "percent", "long", "long_exact", "shared"),
+    [
+        ("meld", "dev", 15.3, 644, 0, 0),
+        ("meld", "test", 15.5, 1506, 5, 3),
+        ("emorynlp", "dev", 23.4, 449, 12, 4),
+        ("emorynlp", "test", 19.6, 499, 0, 0),
+    ],
+)
+def test_real_overlap_of_a_set_with_itself(real, name, split, percent, long, long_exact, shared):
+    found = own_overlap(real[name], split)
+    assert round(100 * found.exact / found.rows, 1) == percent
+    assert (found.long, found.long_exact, found.identical, found.shared) == (long, long_exact, 0, shared)
+
+
+# Shared dialogues, rows in them and aligned rows by another implementation of the same words: 16, 199, 145;
+# 27, 248, 190; 63, 559, 385; 15, 149, 100. Its rule finds two MELD test dialogues and one of dev more.
+@pytest.mark.parametrize(
+    ("name", "split", "other", "shared", "in_shared", "aligned", "informative", "verbatim", "near"),
+    [
+        ("emorynlp", "test", "meld", 16, 199, 145, 573, 92, 101),
+        ("emorynlp", "dev", "meld", 27, 248, 193, 529, 115, 130),
+        ("meld", "test", "emorynlp", 61, 0, 0, 1705, 248, 290),
+        ("meld", "dev", "emorynlp", 14, 0, 0, 718, 55, 69),
+    ],
+)
+def test_real_overlap_across_sets(
+    real, name, split, other, shared, in_shared, aligned, informative, verbatim, near
+):
+    found = cross_overlap(real[name], split, real[other])
+    assert (found.shared, found.rows_in_shared, found.rows_aligned) == (shared, in_shared, aligned)
+    assert (found.informative, found.verbatim, found.near) == (informative, verbatim, near)
