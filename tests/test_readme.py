@@ -53,7 +53,7 @@ def refuses_nothing_it_shows(page, words: list[str], capsys) -> None:
 
 
 def test_every_python_command_is_covered():
-    tools = ("tools/convert_hf.py", "tools/bench_throughput.py", "tools/vllm_sidecar.py")
+    tools = ("tools/convert_hf.py", "tools/plan.py", "tools/bench_throughput.py", "tools/vllm_sidecar.py")
     known = (*MODULES, *tools, "pytest", "venv")
     for line in commands():
         for found in re.findall(r"python3? (?:-m )?(\S+)", line):
