@@ -154,8 +154,8 @@ def expert_messages(name: str, lines: Sequence[str]) -> tuple[str, str]:
     listed = "\n".join(f"- {line}" for line in lines)
     user = (
         f"These are lines that {name} says in different conversations:\n{listed}\n\n"
-        f"In at most two sentences: what is {name} like, how does {name} talk, and which feelings come easily "
-        f"to {name}? Write only these sentences."
+        f"In at most two sentences: what is {name} like, how does {name} talk, and which feelings come "
+        f"easily to {name}? Write only these sentences."
     )
     return system, user
 

@@ -91,7 +91,10 @@ def speed_words(speed: Mapping[str, Any]) -> str:
 def _samples(samples: Mapping[str, Any], note: str) -> Table:
     table = _table(
         _titled("sampled answers", note), "set",
-        ("n", "mean acc", "sd", "mean w-F1", "sd", "maj acc", "maj w-F1", "any right", "invalid", "ECE of votes"),
+        (
+            *("n", "mean acc", "sd", "mean w-F1", "sd"),
+            *("maj acc", "maj w-F1", "any right", "invalid", "ECE of votes"),
+        ),
     )  # fmt: skip
     for name, scores in samples.items():
         table.add_row(
