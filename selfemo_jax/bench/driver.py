@@ -44,7 +44,8 @@ class Driver:
         self._processes: dict[tuple[str, int], SideProcess] = {}
         self._described: dict[str, dict[str, Any]] = {}
         self._products: dict[str, float] = {}
-        self._model = folder / "model"
+        # Named, since the folder may be kept and hold those of another benchmark.
+        self._model = folder / f"model_{settings.model}_{settings.seed}"
         self._firsts: dict[tuple[str, str, str], dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
@@ -94,8 +95,15 @@ class Driver:
             answer = self._side(side, 1).ask("open", name="products", case=products)
             self._side(side, 1).ask("close", name="products")
             self._products[side] = answer["values"]["flops_per_s"]
+        platforms = {side: found["platform"] for side, found in self._described.items()}
+        if len(set(platforms.values())) > 1:
+            raise ValueError(f"bench: the sides run on different devices: {platforms}; set --platform")
         if "torch" in sides and "rl_step" in self._settings.phases:
-            self._described["trl"] = self._side("trl", 1).ask("describe")
+            try:
+                self._described["trl"] = self._side("trl", 1).ask("describe")
+            except SideError as error:
+                self._say(f"TRL is left out: {error}")
+                self._processes.pop(("trl", 1)).close()
         if not self._together:
             self.close()
 
@@ -134,7 +142,9 @@ class Driver:
         trl = "trl" in self._described.get("trl", {}).get("versions", {})
         entered = contestants(phase, settings, attentions=attentions, trl=trl)
         if not trl and phase == "rl_step" and settings.backend != "jax":
-            self.unavailable.append({"phase": phase, "label": "TRL", "error": "trl is not installed there"})
+            self.unavailable.append(
+                {"phase": phase, "label": "TRL", "error": "trl is not installed in --trl_python"}
+            )
         finalists = self._trial(entered, settings, task)
         opened = {who.label: _Opened(who=who, first={}) for who in finalists}
         if self._together:
