@@ -15,6 +15,7 @@ from selfemo_jax.study.reading import Predictions, read_predictions
 from selfemo_jax.study.seeds import counts_by_set
 from selfemo_jax.study.significance import accuracy, difference, estimate, holm, paired_t, point
 
+TESTS = ("p_bootstrap", "p_bootstrap_holm", "p_t")
 Runs = Mapping[str, Mapping[int, Path]]
 """Arm -> seed -> folder of its finished run."""
 
@@ -51,10 +52,18 @@ def with_tests(
     compared = [row for row in tested if "p_bootstrap" in row]
     for row, p in zip(compared, holm([row["p_bootstrap"] for row in compared]), strict=True):
         row["p_bootstrap_holm"] = p
+    if compared:
+        # Every row has every column, the reference too.
+        tested = [dict.fromkeys(TESTS) | row for row in tested]
+        tested = [{name: row[name] for name in (*_others(row), *TESTS)} for row in tested]
     return tested, (
         "[ , ]: 95 % bootstrap over seeds and dialogues; p_bootstrap: paired, against the reference, then "
         "with Holm's correction over the arms; p_t: paired t-test over seeds"
     )
+
+
+def _others(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if name not in TESTS]
 
 
 def _against(first: Sequence[Predictions], second: Sequence[Predictions]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         )
     arms = tuple(arm for arm in arms if not args.only or arm.name in args.only)
     folder = args.out / reference_of(args.config_dir).parent.resolve().name
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     seconds = _recorded_seconds(folder)
     for seed in range(args.seeds):
         for arm in arms:

@@ -103,7 +103,8 @@ def test_arms_get_paired_tests_seed_by_seed_and_holm_over_the_arms(tmp_path):
     }
     rows = [{"arm": arm, "mean": 10 * sum(numbers) / 3} for arm, numbers in rights.items()]
     (full, worse, same), words = with_tests(rows, runs, split="test", reference="full")
-    assert "p_bootstrap" not in full and full["mean ci"][0] < full["mean"] < full["mean ci"][1]
+    assert full["p_bootstrap"] is full["p_t"] is None and list(full)[-3:] == list(worse)[-3:]
+    assert full["mean ci"][0] < full["mean"] < full["mean ci"][1]
     # Seed by seed the arm lost 20, 10, 20 points; drawn in pairs it can only lose.
     assert worse["difference ci"] == [pytest.approx(-20.0), pytest.approx(-10.0)]
     assert worse["p_bootstrap"] == pytest.approx(2 / 5001)
