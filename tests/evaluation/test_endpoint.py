@@ -9,7 +9,7 @@ from selfemo_jax.data.prompts import build_messages, build_prompt
 from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
 from selfemo_jax.experts.ask import ExpertError
 from tests.experts.chat_server import requests, serving
-from tests.fabricated import codec, sample, settings
+from tests.fabricated import codec, sample, settings, text
 
 CONFIG = settings(output={"prompt_style": "full"}, expert={"tries": 3})
 
@@ -35,11 +35,12 @@ def test_the_server_reads_the_words_of_the_policys_prompt(style):
 
 
 def test_answers_are_scored_and_never_asked_for_twice(tmp_path):
-    log = tmp_path / "log"
-    with serving(log, "--faults", "ok,500,cut") as url:
+    log, answers = tmp_path / "log", tmp_path / "answers.json"
+    answers.write_text(json.dumps([["Last turn", f"\n{text([('joy', 0.9)])}\n"]]))
+    with serving(log, "--faults", "ok,500,cut", "--answers", str(answers)) as url:
         with opened(tmp_path, url) as endpoint:
             first = list(endpoint.greedy(inputs()))
-        assert all(p.answer.valid and p.label for p in first), "the server writes the three blocks"
+        assert [p.label for p in first] == ["joy"] * 3, "blanks around an answer are the server's"
         assert all(p.num_tokens > 0 and p.num_prompt_tokens > 0 and p.seconds > 0 for p in first)
         assert len(requests(log)) == 5, "three questions, two of them tried again"
         with opened(tmp_path, url) as endpoint:
