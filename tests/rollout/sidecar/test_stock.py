@@ -42,7 +42,7 @@ def readme_lines() -> tuple[list[str], list[str]]:
     """The conversion and the server, as the README has them."""
     text = (ROOT / "README.md").read_text()
     (convert,) = re.findall(r"^python (tools/convert_hf.py to-hf SRC DST)$", text, re.MULTILINE)
-    (serve,) = re.findall(r"^(\.venv-vllm/bin/vllm serve DST[^#\n]*)", text, re.MULTILINE)
+    (serve,) = re.findall(r"^(\.venv-vllm/bin/python -m vllm\S* --model DST[^#\n]*)", text, re.MULTILINE)
     return shlex.split(convert), shlex.split(serve)
 
 
