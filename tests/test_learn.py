@@ -287,7 +287,8 @@ def steps():
         TINY,
         Compute(),
         make_mesh({"data": 1, "fsdp": 1, "tp": 1}, jax.devices()),
-        optim=Optim(lr=0.01),
+        # Near 0 a gradient of last bits would decide the sign of a whole step.
+        optim=Optim(lr=0.01, eps=1e-4),
         loss=config.loss,
         temperature=1.0,
         logits_budget_mib=64,

@@ -158,7 +158,8 @@ def _blocked_forward(q, k, v, segment_ids, prefix_ids):
 def _blocked_backward(residuals, g):
     """As FlashAttention-2 (arXiv:2307.08691): the softmax needs no second look for its largest value and sum,
     and the sum of weight times its gradient is that of output times its own."""
-    q, k, v, segment_ids, prefix_ids, out, log_total = residuals
+    # What is computed again must not be found equal to the forward pass and kept from there.
+    q, k, v, segment_ids, prefix_ids, out, log_total = jax.lax.optimization_barrier(residuals)
     num_kv, scale = k.shape[2], q.shape[-1] ** -0.5
     grouped, keys, values = _grouped(q, num_kv), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     g = jnp.asarray(g, v.dtype)

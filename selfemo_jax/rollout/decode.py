@@ -84,8 +84,10 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
             functools.partial(stack_layers, unroll=unroll, **settings),
             out_shardings=weight_shardings(config, compute, mesh, unroll=unroll, shard=shard),
         ),
-        prefill=jax.jit(functools.partial(prefill, pin=pin, **settings), out_shardings=prompt),
-        prefill_rows=jax.jit(functools.partial(prefill_rows, pin=pin, **settings), out_shardings=prompt),
+        prefill=jax.jit(functools.partial(prefill, pin=pin, mesh=mesh, **settings), out_shardings=prompt),
+        prefill_rows=jax.jit(
+            functools.partial(prefill_rows, pin=pin, mesh=mesh, **settings), out_shardings=prompt
+        ),
         admit=jax.jit(admit, donate_argnums=0, out_shardings=prompt),
         take_slots=jax.jit(take_slots, static_argnames="length", out_shardings=prompt),
         take_rows=jax.jit(take_rows, static_argnames="length", out_shardings=cache),

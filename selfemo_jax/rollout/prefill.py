@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from selfemo_jax.model.attention import choose_backend, packed_attention
@@ -29,6 +30,7 @@ def prefill(
     config: ModelConfig,
     compute: Compute,
     pin: Callable[[jax.Array], jax.Array],
+    mesh: Mesh | None = None,
 ) -> Caches:
     """Keys and values (`Caches`, B for S) of right-padded prompts; columns from ``lengths`` on mean
     nothing."""
@@ -46,6 +48,7 @@ def prefill(
         config=config,
         compute=compute,
         pin=pin,
+        mesh=mesh,
     )
 
 
@@ -61,6 +64,7 @@ def prefill_rows(
     config: ModelConfig,
     compute: Compute,
     pin: Callable[[jax.Array], jax.Array],
+    mesh: Mesh | None = None,
 ) -> Caches:
     """Keys and values (`Caches`, B for S) of prompts that lie in packed rows: prompt b's are those of
     ``row[b]`` at ``columns[b]``; what its length leaves of the columns means nothing."""
@@ -69,17 +73,28 @@ def prefill_rows(
         return keys[row[:, None], columns]
 
     return _through_layers(
-        params, tokens, positions, segment_ids, prefix_ids, pick, config=config, compute=compute, pin=pin
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        prefix_ids,
+        pick,
+        config=config,
+        compute=compute,
+        pin=pin,
+        mesh=mesh,
     )
 
 
-def _through_layers(params, tokens, positions, segments, prefixes, pick, *, config, compute, pin) -> Caches:
+def _through_layers(
+    params, tokens, positions, segments, prefixes, pick, *, config, compute, pin, mesh
+) -> Caches:
     backend = choose_backend(compute.attention, tokens.shape[1])
     tables = rope_tables(positions, config)
 
     def block(x, layer):
         q, k, v = layer_qkv(layer, config, x, tables)
-        attended = packed_attention(q, k, v, segments, prefixes, backend=backend)
+        attended = packed_attention(q, k, v, segments, prefixes, backend=backend, mesh=mesh)
         heads_major = tuple(pick(part).transpose(0, 2, 1, 3) for part in (k, v))
         return pin(layer_output(layer, config, x, attended)), heads_major
 

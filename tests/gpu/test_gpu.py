@@ -95,7 +95,7 @@ def run(layout: str, compute: Compute):
     return float(loss), flat, np.concatenate(gather(np.asarray(logprobs), together.places))
 
 
-@pytest.mark.parametrize("attention", ["dense", "blocked"])
+@pytest.mark.parametrize("attention", ["dense", "blocked", "pallas"])
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 def test_layouts_agree_in_bfloat16(layout, attention):
     loss, gradients, logprobs = run(layout, Compute(dtype="bfloat16", attention=attention))
@@ -109,7 +109,7 @@ def test_layouts_agree_in_bfloat16(layout, attention):
     assert np.linalg.norm(gradients - expected[1]) < 0.03 * np.linalg.norm(expected[1])
 
 
-@pytest.mark.parametrize("attention", ["dense", "blocked"])
+@pytest.mark.parametrize("attention", ["dense", "blocked", "pallas"])
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 def test_layouts_agree_in_float32(layout, attention):
     # The GPU's usual product of float32 numbers keeps 10 bits (TF32); this test asks for all of them.

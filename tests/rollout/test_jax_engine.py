@@ -280,6 +280,19 @@ def test_a_mesh_gives_the_greedy_tokens_of_one_device(axes, decode_layout):
     assert caches[0][0].addressable_shards[0].data.size * 8 == caches[0][0].size
 
 
+def test_two_devices_of_tp_sample_the_tokens_of_one():
+    requests = make_requests((5, 33, 18), num=3)
+
+    def sampled(mesh):
+        engine = JaxEngine(POLICY, Compute(), mesh, max_rows=16)
+        engine.update_policy(sharp_weights(seed=3), version=0)
+        return run(engine, requests, temperature=0.9, max_tokens=12)
+
+    one, two = sampled(None), sampled(make_mesh({"tp": 2}))
+    assert len(set(tokens_of(one)["r0"])) == 3, "rollouts that are all alike would prove little"
+    assert tokens_of(two) == tokens_of(one)
+
+
 def test_only_the_sharded_decode_layout_splits_weights_over_fsdp():
     config = dataclasses.replace(POLICY, mlp_dim=1024)
     mesh = make_mesh({"fsdp": 4, "tp": 2})
