@@ -43,8 +43,11 @@ class Memory:
     reference: float
     batch: float
     activations: float
-    """What the forward pass keeps for the backward pass, and one block at work."""
+    """What the forward pass keeps of all blocks for the backward pass."""
+    block: float
+    """One block at work in the backward pass, its attention scores included."""
     logits: float
+    """The output head at work; over before the backward pass reaches the blocks."""
     gathered: float
     """Weights of one block, and of the tables, whole and in the compute type."""
     engine: float
@@ -63,7 +66,7 @@ class Memory:
     @property
     def temporaries(self) -> float:
         """What only the update of a micro-batch needs."""
-        return self.accumulator + self.activations + self.logits + self.gathered
+        return self.accumulator + self.activations + max(self.block, self.logits) + self.gathered
 
     @property
     def total(self) -> float:
@@ -108,6 +111,7 @@ def memory(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> Memor
         reference=parameters if kept else 0.0,
         batch=BATCH_BYTES * rows * batch.row_tokens,
         activations=activation_bytes(model, config, axes, rows=rows),
+        block=block_bytes(model, config, axes, rows=rows),
         logits=logits_bytes(model, config, axes, rows=rows),
         gathered=gathered_bytes(model, config, axes, c=c),
         engine=engine_weights(model, config, axes) if config.rollout.engine == "jax" else 0.0,
@@ -133,27 +137,32 @@ def block_width(model: ModelConfig, tp: int) -> float:
 
 
 def activation_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
-    """What is kept of all blocks by `model.remat`, one block at work, and its attention scores."""
+    """What `model.remat` lets the forward pass keep of all blocks."""
     c, tp = ITEMSIZE[config.model.compute_dtype], axes["tp"]
-    tokens = config.batch.row_tokens
-    n = rows * tokens
-    width = block_width(model, tp)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     kept = {
-        "none": width,
+        "none": block_width(model, tp),
         # The result of every product: q, k, v, o, gate, up, down; and the block's input.
         "dots": 3 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp,
         "full": float(model.embed_dim),
     }[config.model.remat]
-    at_work = 0.0 if config.model.remat == "none" else n * width * c
-    # The block's gradients: about as much as it kept, float32 where the norms and the softmax are.
-    at_work += n * (2 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp) * c
+    return model.num_layers * rows * config.batch.row_tokens * kept * c
+
+
+def block_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
+    """One block in the backward pass: what was computed again, its gradients, and the scores of one block of
+    queries."""
+    c, tp, tokens = ITEMSIZE[config.model.compute_dtype], axes["tp"], config.batch.row_tokens
+    n = rows * tokens
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    again = 0.0 if config.model.remat == "none" else n * block_width(model, tp) * c
+    gradients = n * (2 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp) * c
     queries = tokens
     if choose_backend(config.model.attention, tokens) == "blocked":
         queries = max(MIN_BLOCK, -(-tokens // MAX_BLOCKS))
     # Scores, weights and the gradient of one of them, float32.
     scores = 3 * 4 * rows * (model.num_heads / tp) * queries * tokens
-    return model.num_layers * n * kept * c + at_work + scores
+    return again + gradients + scores
 
 
 def logits_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
