@@ -130,7 +130,7 @@ def test_adapters_need_no_moments_of_the_base():
     lora = dataclasses.replace(config.lora, rank=16, base_dtype="bfloat16")
     found = formulas.memory(model, dataclasses.replace(config, lora=lora), ONE)
     assert found.parameters == pytest.approx(2 * model.num_params, rel=0.02)
-    assert found.optimizer < 0.01 * found.parameters and found.reference == 0
+    assert found.optimizer < 0.03 * found.parameters and found.reference == 0
 
 
 def test_a_model_too_large_is_told_what_would_help():
