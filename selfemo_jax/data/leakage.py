@@ -39,7 +39,7 @@ class OwnOverlap:
     long_exact: int
     dialogues: int
     identical: int
-    """Dialogues of two turns or more that are a training dialogue, turn for turn."""
+    """Dialogues with an informative row that are a training dialogue, row for row."""
     shared: int
     """Dialogues that share a scene with a training dialogue."""
 
@@ -86,7 +86,10 @@ def own_overlap(corpus: Corpus, split: str) -> OwnOverlap:
         long=sum(len(line) >= LONG_WORDS for line in rows),
         long_exact=sum(len(line) >= LONG_WORDS and line in known for line in rows),
         dialogues=len(evaluation),
-        identical=sum(len(dialogue) > 1 and tuple(dialogue) in whole for dialogue in lines),
+        identical=sum(
+            tuple(dialogue) in whole and any(len(line) >= MIN_WORDS for line in dialogue)
+            for dialogue in lines
+        ),
         shared=len({pair.first for pair in shared_dialogues(evaluation, train)}),
     )
 
