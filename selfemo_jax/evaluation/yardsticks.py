@@ -22,7 +22,7 @@ NAMES = ("majority", "stratified random", "TF-IDF + LR")
 DRAWS = 20
 """Random draws that the stratified score is the mean of."""
 SCORES = ("accuracy", "weighted_f1", "macro_f1")
-TFIDF = {"token_pattern": r"[\w']+|[?!]", "ngram_range": (1, 2), "min_df": 3, "sublinear_tf": True}
+TFIDF = {"token_pattern": r"[a-z']+|[?!]", "ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True}
 
 Scores = dict[str, dict[str, Any]]
 

@@ -56,8 +56,8 @@ def test_they_learn_from_training_dialogues_alone():
 
 @pytest.mark.slow
 def test_real_test_splits_have_the_known_yardsticks(selfemo_data):
-    """Measured once by other code: majority to the digit; the linear model to what the choice of its tokens
-    moves it by."""
+    """Measured before by other code (60.88 / 54.64 and 37.80 / 30.53): majority to the digit; the linear model
+    to the few utterances that the choice of its tokens moves."""
     data = load_data(Config(data=DataSection(sets=["meld", "emorynlp"], root=str(selfemo_data))))
     found = yardsticks(data, "test")
     percent = {
@@ -71,7 +71,7 @@ def test_real_test_splits_have_the_known_yardsticks(selfemo_data):
     assert (percent["meld"]["majority"], wf1["meld"]["majority"]) == (48.12, 31.27)
     assert (percent["emorynlp"]["majority"], wf1["emorynlp"]["majority"]) == (29.27, 13.25)
     assert percent["meld"]["TF-IDF + LR"] == pytest.approx(60.88, abs=0.2)
-    assert wf1["meld"]["TF-IDF + LR"] == pytest.approx(54.64, abs=0.2)
-    assert percent["emorynlp"]["TF-IDF + LR"] == pytest.approx(37.80, abs=0.1)
-    assert wf1["emorynlp"]["TF-IDF + LR"] == pytest.approx(30.53, abs=0.2)
+    assert wf1["meld"]["TF-IDF + LR"] == pytest.approx(54.64, abs=0.06)
+    assert percent["emorynlp"]["TF-IDF + LR"] == pytest.approx(37.80, abs=0.06)
+    assert wf1["emorynlp"]["TF-IDF + LR"] == pytest.approx(30.53, abs=0.06)
     assert 25 < percent["meld"]["stratified random"] < 33
