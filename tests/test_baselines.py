@@ -80,9 +80,7 @@ def test_zero_shot_scores_the_base_policy_and_trains_nothing(tmp_path):
 
 def test_supervised_baselines_end_after_the_cold_start_and_choose_by_dev(tmp_path):
     run = tmp_path / "run"
-    words = micro.settings(phases="cold", cold_start__order="curriculum", output__descriptions="true")
-    assert (
-        micro.run(run, *words, "--data.max_prompt=300", "--batch.row_tokens=384", "--cold_start.num=16") == 0
-    )
+    words = micro.settings(phases="cold", cold_start__order="curriculum", cold_start__num=16)
+    assert micro.run(run, *words) == 0
     assert [path.name for path in run.glob("phases/*")] == ["00_cold"]
     assert json.loads((run / "eval" / "final.json").read_text())["best"]["phase"] == "cold"
