@@ -132,7 +132,7 @@ def test_kappa_by_hand():
 def test_two_judges_are_asked_in_both_orders_once_and_the_table_is_theirs(tmp_path, capsys):
     pairs = [pair(n, f"bad words {n}", f"good words {n}") for n in range(3)]
     pairs.append(pair(3, "same", "same"))
-    pairs.append(pair(4, "", "good words", first=answer("", valid=False)))
+    pairs.append(pair(4, "", "good words") | {"first": answer("", valid=False)})
     path = pairs_file(tmp_path, pairs)
     feels = "feels: joy 0.60, fear 0.20\\n"
     prefers_good = [

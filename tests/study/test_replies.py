@@ -13,7 +13,7 @@ from tests import micro
 def written(tmp_path_factory):
     run, out = micro.base_run(), tmp_path_factory.mktemp("replies")
     words = [str(run / "phases" / "00_cold"), str(run), "--num", "6", "--split", "dev", "--out", str(out)]
-    assert main(["replies", *words, "--persona", "given"]) == 0
+    assert main(["replies", *words]) == 0
     return out
 
 
@@ -25,6 +25,8 @@ def test_both_answer_the_same_inputs_and_the_answers_are_those_of_an_evaluation(
     scored = {line["id"]: line for line in map(json.loads, lines)}
     for pair in pairs:
         assert pair["second"]["text"] == scored[pair["id"]]["text"]
+        # What the policy was not told is not shown as if it had been.
+        assert pair["persona"] is None
         if not pair["second"]["valid"]:
             assert pair["second"]["r1"] == 0.0 and pair["second"]["codes"]
 
