@@ -123,16 +123,23 @@ def _over_keys(weights: jax.Array, values: jax.Array) -> jax.Array:
     return out.reshape(*weights.shape[:-1], -1)
 
 
-def _blocks(segment_ids: jax.Array, prefix_ids: jax.Array) -> list[tuple[slice, slice, jax.Array]]:
-    """Queries, the keys up to them, and which of these they see."""
-    num_tokens = segment_ids.shape[1]
+def _blocks(num_tokens: int) -> list[tuple[slice, slice]]:
+    """Queries, and the keys up to them."""
     size = max(MIN_BLOCK, -(-num_tokens // MAX_BLOCKS))
-    found = []
-    for start in range(0, num_tokens, size):
-        rows, seen = slice(start, min(start + size, num_tokens)), slice(0, min(start + size, num_tokens))
-        mask = visible(segment_ids[:, rows], prefix_ids[:, rows], segment_ids[:, seen], query_offset=start)
-        found.append((rows, seen, mask))
-    return found
+    stops = [min(start + size, num_tokens) for start in range(0, num_tokens, size)]
+    return [(slice(start, stop), slice(0, stop)) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _seen(segment_ids: jax.Array, prefix_ids: jax.Array, rows: slice, *earlier: jax.Array) -> jax.Array:
+    own = _after(segment_ids[:, rows], *earlier)
+    return visible(own, prefix_ids[:, rows], segment_ids[:, : rows.stop], query_offset=rows.start)
+
+
+def _after(x: jax.Array, *earlier: jax.Array) -> jax.Array:
+    """``x``, but no sooner than the others: XLA:CPU forgets its barriers before it puts operations in order,
+    and would hold the scores of all blocks at once. What is added is 0, which XLA cannot know."""
+    zeros = [jnp.minimum(jnp.abs(one[(0,) * one.ndim]), 0).astype(x.dtype) for one in earlier]
+    return x + sum(zeros) if zeros else x
 
 
 @jax.custom_vjp
@@ -143,8 +150,9 @@ def _blocked(q, k, v, segment_ids, prefix_ids):
 def _blocked_forward(q, k, v, segment_ids, prefix_ids):
     grouped, keys, values = _grouped(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     outputs, log_totals = [], []
-    for rows, seen, mask in _blocks(segment_ids, prefix_ids):
-        scores = _scores(grouped[:, :, :, rows], keys[:, :, seen], mask)
+    for rows, seen in _blocks(q.shape[1]):
+        mask = _seen(segment_ids, prefix_ids, rows, *outputs[-1:])
+        scores = _scores(_after(grouped[:, :, :, rows], *outputs[-1:]), keys[:, :, seen], mask)
         highest = scores.max(axis=-1, keepdims=True)
         exponentials = jnp.exp(scores - highest)
         total = exponentials.sum(axis=-1, keepdims=True)
@@ -166,8 +174,10 @@ def _blocked_backward(residuals, g):
     grouped_g = _grouped(g, num_kv)
     common = _grouped((out.astype(jnp.float32) * g.astype(jnp.float32)), num_kv).sum(axis=-1)
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    for rows, seen, mask in _blocks(segment_ids, prefix_ids):
-        block_q, block_g = grouped[:, :, :, rows], grouped_g[:, :, :, rows]
+    for rows, seen in _blocks(q.shape[1]):
+        earlier = (dk, dv, *dq[-1:])
+        mask = _seen(segment_ids, prefix_ids, rows, *earlier)
+        block_q, block_g = (_after(x[:, :, :, rows], *earlier) for x in (grouped, grouped_g))
         scores = _scores(block_q, keys[:, :, seen], mask)
         weights = jnp.exp(scores - log_total[:, :, :, rows, None])
         dweights = jnp.einsum(
