@@ -77,7 +77,7 @@ class Run:
         self._first_of_phase = True
         self._item: tuple[int, Any] = (0, None)
         self._compiles = CompileCounter()
-        self._profiler = StepProfiler(config.log.profile_steps, self.dir / "profile")
+        self._profiler = StepProfiler(config.log.profile_steps if is_first() else None, self.dir / "profile")
         self._flywheel = SharedStore(self.dir / "flywheel.jsonl")
         self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"

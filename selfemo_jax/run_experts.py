@@ -15,6 +15,7 @@ from typing import Any
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
+from selfemo_jax.data.biographies import Biographies
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import completion_ids
@@ -60,14 +61,14 @@ def ask_experts(config: Config, parts: Parts, data: RunData, folder: Path, say: 
 
         def asked() -> dict[str, Any]:
             try:
-                return _told_others(_ask(config, parts, data, folder, say))
+                return told_others(_ask(config, parts, data, folder, say))
             except Stopped as stopped:
                 return {"stopped": str(stopped)}
 
         told = from_first(asked, channel="experts")
         if "stopped" in told:
             raise Stopped(told["stopped"])
-        return _as_told(data, told)
+        return as_told(data, told)
     return _ask(config, parts, data, folder, say)
 
 
@@ -81,21 +82,26 @@ def _check_one_asks(config: Config) -> None:
         )
 
 
-def _told_others(data: RunData) -> dict[str, Any]:
+def told_others(data: RunData) -> dict[str, Any]:
+    """What experts may have changed, as JSON, for the processes that did not ask."""
     def written(sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
         return {name: [sample.to_json() for sample in samples] for name, samples in sets.items()}
 
+    found = data.biographies
+    lines = [[*speaker, text] for speaker, text in found.written.items()] if found else []
     return {
         "train": written(data.train),
         "evaluation": {split: written(sets) for split, sets in data.evaluation.items()},
         "personas": {root: dict(found) for root, found in data.personas.items()},
         "examples": [[sample.to_json(), list(ids)] for sample, ids in data.expert_examples],
+        "biographies": found and {"source": found.source, "written": lines},
         "cache": dict(data.expert_cache),
         "fingerprint": data.fingerprint,
     }
 
 
-def _as_told(data: RunData, told: Mapping[str, Any]) -> RunData:
+def as_told(data: RunData, told: Mapping[str, Any]) -> RunData:
+    """The data of a process that did not ask, with what `told_others` says."""
     def read(sets: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Sample, ...]]:
         return {name: tuple(map(Sample.from_json, samples)) for name, samples in sets.items()}
 
@@ -106,8 +112,16 @@ def _as_told(data: RunData, told: Mapping[str, Any]) -> RunData:
         personas=told["personas"],
         expert_examples=tuple((Sample.from_json(sample), tuple(ids)) for sample, ids in told["examples"]),
         expert_cache=told["cache"],
+        biographies=_read_biographies(told["biographies"]),
         fingerprint=told["fingerprint"],
     )
+
+
+def _read_biographies(found: Mapping[str, Any] | None) -> Biographies | None:
+    if found is None:
+        return None
+    written = {(dataset, speaker): text for dataset, speaker, text in found["written"]}
+    return Biographies(source=found["source"], written=written)
 
 
 def _ask(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) -> RunData:

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from selfemo_jax.data.biographies import Biographies
+from selfemo_jax.data.dialogues import MELD
 from selfemo_jax.distributed import LOST, Launch, launch_of
+from selfemo_jax.run_experts import as_told, told_others
+from tests.fabricated import run_data, sample
 
 WORKER = Path(__file__).with_name("host_worker.py")
 PATIENCE = 240.0
@@ -143,6 +147,20 @@ def test_nobody_waits_for_a_first_process_that_is_killed(tmp_path):
 
 def test_a_stop_of_all_processes_is_clean(tmp_path):
     assert [status for status, _ in ended(start("stop", tmp_path))] == [75, 75]
+
+
+def test_what_experts_wrote_reaches_the_others_whole():
+    samples = tuple(sample(n, labels=MELD, dialogue=f"d{n}", gold={"joy": 0.3}) for n in range(3))
+    plain = run_data({"meld": samples})
+    asked = dataclasses.replace(
+        plain,
+        expert_examples=((samples[0], (1, 2)),),
+        expert_cache={"cache": "experts.jsonl", "length": 3, "sha256": "ab"},
+        biographies=Biographies(source="one", written={("meld", "Ada"): "Kind to all."}),
+        fingerprint="another",
+    )
+    assert as_told(plain, json.loads(json.dumps(told_others(asked)))) == asked
+    assert as_told(plain, json.loads(json.dumps(told_others(plain)))) == plain
 
 
 FLAGS = {"coordinator": None, "num_processes": None, "process_id": None, "host_timeout": None}
