@@ -1,5 +1,6 @@
 """Several processes on loopback: they agree, each holds its own rows, and none waits for one that is gone."""
 
+import dataclasses
 import json
 import signal
 import socket
