@@ -84,6 +84,7 @@ def _check_one_asks(config: Config) -> None:
 
 def told_others(data: RunData) -> dict[str, Any]:
     """What experts may have changed, as JSON, for the processes that did not ask."""
+
     def written(sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
         return {name: [sample.to_json() for sample in samples] for name, samples in sets.items()}
 
@@ -102,6 +103,7 @@ def told_others(data: RunData) -> dict[str, Any]:
 
 def as_told(data: RunData, told: Mapping[str, Any]) -> RunData:
     """The data of a process that did not ask, with what `told_others` says."""
+
     def read(sets: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Sample, ...]]:
         return {name: tuple(map(Sample.from_json, samples)) for name, samples in sets.items()}
 
