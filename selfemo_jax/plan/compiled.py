@@ -78,8 +78,8 @@ def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep
     steps = planned_steps(model, config, mesh)
     params, state = abstract_state(steps, model, config)
     batch = abstract_batch(mesh, rows=config.batch.micro_rows, tokens=config.batch.row_tokens)
-    zeros = steps.zeros["rl"].lower().compile()
-    accumulator = _with_shardings(jax.eval_shape(steps.zeros["rl"]), zeros.output_shardings)
+    empty: Any = steps.zeros["rl"]
+    accumulator = _with_shardings(jax.eval_shape(empty), empty.lower().compile().output_shardings)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     programs = [
         _compiled("update", steps.rl_gradients, params, accumulator, batch, on_policy=_on_policy(config)),
