@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 completion_tokens=flags["completion_tokens"] or max(1, config.rollout.max_tokens // 2),
             )
         compiled: CompiledStep | None = None
-        if not flags["no_compile"]:
+        if config.lora.rank:
+            console.print(
+                "adapters (lora.rank): by formula alone, their step is not compiled here", markup=False
+            )
+        elif not flags["no_compile"]:
             mesh, words = prepare(parse_mesh(config.mesh), platform=_platform(config))
             console.print(f"compiling on {words}", markup=False)
             compiled = compile_step(model, config, mesh)
