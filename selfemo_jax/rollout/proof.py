@@ -2,8 +2,8 @@
 
 With d = logp(v) - logp(v-1), both by the trainer, and e = served - logp(v-1), the slope <d,e> / <d,d> is 1
 where v is served and 0 where v-1 is. The numeric noise of the two implementations adds to e; its share in the
-slope shrinks with the number of tokens, so an update far below the noise of one token is still seen. Where
-even so it cannot be, the slope abstains and digests of what was applied decide. Whatever decides, what is
+slope shrinks with the number of tokens. Where d itself is not above the noise, the slope abstains and digests
+of what was applied decide. Whatever decides, what is
 left of the log-probs after v must not exceed the noise that earlier refreshes of this model had, or a small
 share of d: that shows weights of which only a part is new.
 """
@@ -17,6 +17,7 @@ import numpy as np
 SLOPE_BOUND = 0.5
 _SURE = 0.1
 """Standard error of the slope above which it abstains: five of them part 0 from the bound."""
+_ABOVE_NOISE = 2.0
 NOISE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Standard deviation of one token's log-prob between trainer and server, by the coarser of their types;
 measured on a 100 M parameter model."""
@@ -73,6 +74,11 @@ class Slope:
         """<d,e> / <d,d>; NaN before any difference was seen."""
         return self.de / self.dd if self.dd > 0 else math.nan
 
+    def stands_out(self, noise: float) -> bool:
+        """Whether d is well above this noise of a token. Below it d is mostly the trainer's own rounding, of
+        which e has a part too, and the slope goes to 0.5 whatever is served."""
+        return self.dd >= (_ABOVE_NOISE * noise) ** 2 * self.num_tokens and self.num_tokens > 0
+
     def is_sure(self, noise: float) -> bool:
         """Whether the value tells 0 from 1 in spite of this noise of each token's log-prob."""
         return self.error(noise) <= _SURE
@@ -118,7 +124,8 @@ def judge(
     slope = Slope()
     for index in range(len(served)) if old is not None else ():
         slope.add(served[index], new[index], old[index])
-    error, abstains = slope.error(noise.scale), not slope.is_sure(noise.scale)
+    error = slope.error(noise.scale)
+    abstains = not (slope.is_sure(noise.scale) and slope.stands_out(noise.scale))
     limit = noise.limit(math.sqrt(slope.dd / slope.num_tokens) if slope.num_tokens else 0.0)
     problems = []
     if not abstains and not slope.value > SLOPE_BOUND:
@@ -135,7 +142,7 @@ def judge(
         share = Slope()
         for index in range(len(served)):
             share.add(served[index], old_head[index], new[index])
-        if share.is_sure(noise.scale) and share.value > SLOPE_BOUND:
+        if share.is_sure(noise.scale) and share.stands_out(noise.scale) and share.value > SLOPE_BOUND:
             problems.append(
                 f"served log-probs are those of the output head before ({share.value:.3f}, expected 0): the "
                 "tied head was not packed again"

@@ -388,7 +388,8 @@ class VllmEngine:
         new, old = (score(self._plain(params)) for params in (serving.params, before))
         for (_, found, _), after, ahead in zip(recent, new, old, strict=True):
             self._slope.add(np.array(found.logprobs), after, ahead)
-        if self._slope.is_sure(self._noise.scale) and not self._slope.value > SLOPE_BOUND:
+        sure = self._slope.is_sure(self._noise.scale) and self._slope.stands_out(self._noise.scale)
+        if sure and not self._slope.value > SLOPE_BOUND:
             raise RefreshError(
                 f"the slope of {self._slope.num_tokens} rollout tokens towards their own version is "
                 f"{self._slope.value:.3f}, expected above {SLOPE_BOUND}: the servers sampled them from older "

@@ -54,7 +54,7 @@ def params():
 
 @pytest.fixture(
     scope="module",
-    params=["jax", "fake", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])],
+    params=["jax", "fake", pytest.param("vllm", marks=[pytest.mark.vllm])],
 )
 def engine(request, tmp_path_factory, params):
     folder = tmp_path_factory.mktemp(request.param)

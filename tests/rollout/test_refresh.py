@@ -79,6 +79,18 @@ def test_a_partly_new_model_is_found_by_what_is_left_even_where_its_slope_is_hig
     assert "differ from the trainer's by" in verdict.words
 
 
+def test_where_rounding_is_most_of_the_update_nothing_is_claimed_of_it():
+    # Both of the trainer's scores carry its own rounding: the slope is near 0.5, whatever is served.
+    rng = np.random.default_rng(4)
+    exact, noise = rng.normal(-3, 1, 1500), Noise(of_types=2e-2, measured=1e-2)
+    old, new, served = ([exact + rng.normal(0, 7e-3, 1500)] for _ in range(3))
+    slope = Slope()
+    slope.add(served[0], new[0], old[0])
+    assert slope.value == pytest.approx(0.5, abs=0.1) and slope.is_sure(noise.scale)
+    verdict = judge(served, new, old, noise=noise, digests_agree=True, old_head=old)
+    assert verdict.proven and verdict.decided_by == "digests"
+
+
 def test_a_head_left_as_it_was_is_found_where_it_hardly_moves_anything():
     rng = np.random.default_rng(3)
     old, noise = [rng.normal(-3, 1, 1200)], Noise(of_types=1e-5, measured=3.5e-6)

@@ -1,0 +1,23 @@
+"""After the first steps of its phases a run compiles nothing more."""
+
+from tests import micro
+
+
+def test_a_run_compiles_nothing_after_the_first_step_of_each_phase(tmp_path):
+    """Random weights hardly ever write a stop token, so that all rollouts are alike and the decode loop meets
+    no new shape either; the shapes of a trained policy's rollouts go on varying for a while."""
+    few = {
+        "cold_start.epochs": 1,
+        "rl.steps": 5,
+        "data.max_items": 96,
+        "data.max_prompt": 128,
+        "eval.every": 0,
+    }
+    assert micro.run(tmp_path, *micro.random_settings(), *micro.flags(few)) == 0
+    by_phase: dict[str, list[float]] = {}
+    for line in micro.metrics(tmp_path):
+        by_phase.setdefault(line["phase"], []).append(line["compile/count"])
+    assert {name: len(counts) for name, counts in by_phase.items()} == {"cold": 6, "rl_final": 5}
+    for name, counts in by_phase.items():
+        assert counts[0] > 0, "nothing was counted"
+        assert not any(counts[1:]), (name, counts)
