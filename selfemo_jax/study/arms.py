@@ -4,8 +4,8 @@
 
 An arm is a file; the reference is ``full.yaml``, in the folder or above it, and the table names the keys in
 which an arm differs from it. Runs that are finished are not run again and interrupted ones go on, so the
-command may be stopped and given again. Intervals and paired tests against the reference are those of
-`arm_tests`.
+command may be stopped and given again; runs of other settings in their place are refused. Intervals and
+paired tests against the reference are those of `arm_tests`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from selfemo_jax.appendlog import atomic_write
-from selfemo_jax.config import Config
 from selfemo_jax.config_io import read_config
 from selfemo_jax.study import showing
 from selfemo_jax.study.arm_tests import with_tests
+from selfemo_jax.study.same_settings import check_made_by, differences
 
 REFERENCE = "full"
 OUTSIDE = ("run_dir", "note", "seed")
@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
     for seed in range(args.seeds):
         for arm in arms:
             run_dir = run_dir_of(folder, arm, seed)
+            check_made_by(run_dir, train_words(arm, seed, args.train_args))
             if outcome_of(run_dir, args.split) is None:
                 console.print(f"{arm.name}, seed {seed}: training in {run_dir}", highlight=False)
                 key = f"{arm.name}/{seed}"
@@ -140,21 +141,20 @@ def find_arms(folder: Path) -> tuple[Arm, ...]:
     arms = [Arm(name=REFERENCE, path=reference, changes={})]
     for path in paths:
         name = path.resolve().relative_to(reference.resolve().parent).with_suffix("").as_posix()
-        arms.append(Arm(name=name, path=path, changes=differences(full, read_config(path))))
+        changed = differences(full, read_config(path))
+        changes = {key: both for key, both in changed.items() if key not in OUTSIDE}
+        arms.append(Arm(name=name, path=path, changes=changes))
     return tuple(arms)
-
-
-def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, where two settings differ."""
-    first, second = (dict(_leaves(asdict(config))) for config in (one, other))
-    return {
-        key: (first[key], second[key]) for key in first if first[key] != second[key] and key not in OUTSIDE
-    }
 
 
 def run_dir_of(folder: Path, arm: Arm, seed: int) -> Path:
     """Where the run of an arm with a seed lies."""
     return folder / arm.name / f"seed_{seed}"
+
+
+def train_words(arm: Arm, seed: int, further: Sequence[str]) -> list[str]:
+    """The settings of a run, as `selfemo_jax.train` takes them."""
+    return ["--config", str(arm.path), f"--seed={seed}", *further]
 
 
 def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -> float:
@@ -163,8 +163,8 @@ def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compile
     ValueError where it fails; its output is in ``train.log`` beside the run's files.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "selfemo_jax.train", "--config", str(arm.path)]
-    command += [f"--seed={seed}", f"--run_dir={run_dir}", "--resume=auto", *further]
+    command = [sys.executable, "-m", "selfemo_jax.train", *train_words(arm, seed, further)]
+    command += [f"--run_dir={run_dir}", "--resume=auto"]
     # Arms differ in little: what one has compiled serves the others.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
@@ -276,14 +276,6 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
     return round(statistics.fmean(values), 2), deviation
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict) and name != "weights":
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _recorded_seconds(folder: Path) -> dict[str, float]:

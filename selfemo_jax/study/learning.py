@@ -33,6 +33,7 @@ from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_data import load_data
 from selfemo_jax.scores import greedy_answers
+from selfemo_jax.study.same_settings import check_made_by
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "base": (),
@@ -170,6 +171,7 @@ def study(
 
 
 def _train(run_dir: Path, arguments: Sequence[str]) -> None:
+    check_made_by(run_dir, arguments)
     if (run_dir / "eval" / "final.json").exists():
         return
     resume = ["--resume", "auto"] if run_dir.exists() else []

@@ -24,6 +24,7 @@ from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.study import showing
 from selfemo_jax.study.compare import ALL_SETS, percent
 from selfemo_jax.study.reading import Predictions, joined_notes, read_predictions
+from selfemo_jax.study.same_settings import check_alike, check_made_by
 from selfemo_jax.study.significance import NUM_SAMPLES, SCORES, dialogue_counts, estimate, over_seeds, point
 
 
@@ -50,12 +51,14 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
     if not args.only_aggregate:
         same_flags(args.out, further)
         for seed, run_dir in runs.items():
+            check_made_by(run_dir, [*further, f"--seed={seed}"])
             train(seed, run_dir, further, compiled=args.out / "compiled")
     finished = {seed: run_dir for seed, run_dir in runs.items() if (run_dir / "eval" / "final.json").exists()}
     if not finished:
         raise ValueError(f"{args.out}: none of the {args.n} runs is finished")
     if missing := sorted(runs.keys() - finished.keys()):
         print(f"not finished, left out: seeds {', '.join(map(str, missing))}")
+    check_alike(list(finished.values()))
     systems = {
         seed: read_predictions(run_dir, split=args.split, name=f"seed {seed}")
         for seed, run_dir in finished.items()

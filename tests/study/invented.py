@@ -27,5 +27,5 @@ def evaluated(folder: Path, lines: Sequence[Mapping], *, labels: Sequence[str] =
     (folder / "eval" / "final.json").write_text(
         json.dumps({"note": NOTE, "splits": {"test": {"sets": sets}}})
     )
-    (folder / "config.yaml").write_text(f"note: {NOTE}\n")
+    (folder / "config.yaml").write_text(f"note: {NOTE}\nflywheel: {{retrain: {{init: cold}}}}\n")
     return folder

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from selfemo_jax.config_io import config_folder, read_config
+from selfemo_jax.config_io import config_folder, load_config, read_config, to_yaml
 from selfemo_jax.phases import plan
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study import arms as arms_module
@@ -99,6 +100,24 @@ def test_a_study_trains_what_is_missing_and_prints_its_table(tmp_path, monkeypat
     assert "plumbing run, not a result" in printed and "62.00 ± 2.00" in printed
     page = (tmp_path / "runs" / "configs" / "arms.md").read_text()
     assert "plumbing run, not a result" in page and "| plain | reward.consensus off | 3 | 50 |" in page
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_arm(tmp_path, monkeypatch, capsys):
+    config_files(tmp_path / "configs")
+    trained = fake_training(monkeypatch, lambda name, seed: {"meld": result(0.5)})
+    out = ["--out", str(tmp_path / "runs"), "--seeds", "1", "--only", "full"]
+    words = ["arms", "--config-dir", str(tmp_path / "configs"), *out]
+    assert study.main(words) == 0
+    run_dir = tmp_path / "runs" / "configs" / "full" / "seed_0"
+    made, _ = load_config(["--config", str(tmp_path / "configs" / "full.yaml")], prog="train")
+    (run_dir / "config.yaml").write_text(to_yaml(made))
+    assert study.main(words) == 0
+    assert study.main([*words, "--", "--rl.steps=7"]) == 2
+    assert "rl.steps" in capsys.readouterr().err
+    (run_dir / "config.yaml").write_text(to_yaml(replace(made, seed=5)))
+    assert study.main(words) == 2
+    assert "seed is 5" in capsys.readouterr().err
+    assert trained == [("full", 0)]
 
 
 def test_a_folder_below_uses_the_runs_of_the_reference_above(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from selfemo_jax.config_io import load_config, to_yaml
 from selfemo_jax.study import seeds as seeds_module
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.arm_tests import with_tests
@@ -29,6 +30,8 @@ def trained(monkeypatch):
         flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
         folder = seeds_module.Path(flags["run_dir"])
         evaluated(folder, answers(5 + int(flags["seed"])))
+        words = [word for word in command[3:] if not word.startswith("--resume")]
+        (folder / "config.yaml").write_text(to_yaml(load_config(words, prog="train")[0]))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(seeds_module.subprocess, "run", run)
@@ -58,12 +61,33 @@ def test_other_flags_are_no_seeds_of_the_same_runs(tmp_path, trained, capsys):
     assert main([*words, "--rl.steps=4"]) == 2
     assert "--rl.steps=3" in capsys.readouterr().err
     config = tmp_path / "mine.yaml"
-    config.write_text("note: one\n")
+    config.write_text("note: one\nflywheel: {retrain: {init: cold}}\n")
     words[2] = str(tmp_path / "others")
     assert main([*words, "--config", str(config)]) == 0
-    config.write_text("note: two\n")
+    config.write_text("note: two\nflywheel: {retrain: {init: cold}}\n")
     assert main([*words, "--config", str(config)]) == 2
     assert "another config" in capsys.readouterr().err
+
+
+def test_runs_whose_settings_came_from_a_changed_base_are_refused(tmp_path, trained, capsys):
+    (tmp_path / "base.yaml").write_text("rl: {steps: 3}\nflywheel: {retrain: {init: cold}}\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\n")
+    words = ["seeds", "--out", str(tmp_path / "seeds"), "--n", "1", "--samples", "100"]
+    words += ["--config", str(tmp_path / "mine.yaml")]
+    assert main([*words]) == 0 and main([*words]) == 0
+    (tmp_path / "base.yaml").write_text("rl: {steps: 4}\nflywheel: {retrain: {init: cold}}\n")
+    assert main([*words]) == 2
+    assert "rl.steps is 3, the command now gives 4" in capsys.readouterr().err
+    assert len(trained) == 1
+
+
+def test_runs_of_other_settings_are_not_aggregated_as_seeds(tmp_path, capsys):
+    for seed, steps in enumerate((3, 4)):
+        folder = evaluated(tmp_path / f"seed_{seed}", answers(5))
+        flags = [f"--seed={seed}", f"--rl.steps={steps}", f"--run_dir={folder}"]
+        (folder / "config.yaml").write_text(to_yaml(load_config(flags, prog="train")[0]))
+    assert main(["seeds", "--out", str(tmp_path), "--n", "2", "--only-aggregate"]) == 2
+    assert "rl.steps is 4" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(tmp_path, trained, capsys):
