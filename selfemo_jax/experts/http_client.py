@@ -133,6 +133,9 @@ class HttpExpert:
                 # The first says what happened; the others were cancelled for it or say the same.
                 raise group.exceptions[0] from None
         if held and not proven:
+            if stopping():
+                # Too few to tell whose fault it is; they are asked again.
+                return failed
             raise self._refuses_all(held)
         for question, answer in held:
             receive(question, answer)

@@ -80,7 +80,7 @@ class Panel:
         )
 
     def ask(self, questions: Sequence[Question], *, what: str) -> list[tuple[Answer, ...]]:
-        """For each question its answers: of one endpoint (assign split) or of each (all).
+        """For each question its answers: of one endpoint (assign split) or of each model (all).
 
         What the cache holds is not asked again. ExpertError when some could not be answered, were stopped
         or would go over ``max_cost``: everything answered until then is in the cache, and the same call goes
@@ -89,25 +89,29 @@ class Panel:
         started = time.monotonic()
         wanted = [(question, self._endpoints_of(question)) for question in questions]
         open_by_endpoint: dict[str, dict[str, Question]] = {}
+        # Two endpoints of one model share their answers: the first is asked.
+        open_keys: set[str] = set()
         total = 0
         for question, endpoints in wanted:
             for endpoint in endpoints:
                 key = self._key(endpoint, question)
                 total += 1
-                if self.cache.get(key) is None:
+                if self.cache.get(key) is None and key not in open_keys:
+                    open_keys.add(key)
                     open_by_endpoint.setdefault(endpoint.name, {})[key] = question
-        num_open = sum(map(len, open_by_endpoint.values()))
+        num_open, asked_before = len(open_keys), self.asked
         if num_open:
             self._say(f"{what}: {total} questions, {total - num_open} answers in {self.cache.path}")
             with self._progress(what, num_open) as advance:
                 failed = self._ask_open(open_by_endpoint, advance)
             self.cache.flush()
-            self._say(self._summary(what, num_open - len(failed), time.monotonic() - started))
+            self._say(self._summary(what, self.asked - asked_before, time.monotonic() - started))
             self._check_complete(what, failed, open_by_endpoint)
-        return [
-            tuple(answer for e in endpoints if (answer := self.cache.get(self._key(e, question))))
+        keys = [
+            tuple(dict.fromkeys(self._key(endpoint, question) for endpoint in endpoints))
             for question, endpoints in wanted
         ]
+        return [tuple(answer for key in some if (answer := self.cache.get(key))) for some in keys]
 
     @property
     def seconds(self) -> dict[str, float]:

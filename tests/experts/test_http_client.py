@@ -7,7 +7,7 @@ import time
 import pytest
 
 from selfemo_jax.experts import http_client
-from selfemo_jax.experts.ask import ExpertError, Question
+from selfemo_jax.experts.ask import ExpertError, Interrupted, Question
 from selfemo_jax.experts.panel import Panel
 from selfemo_jax.settings.experts import Endpoint, Expert
 from tests.experts.chat_server import RETRY_AFTER, answered, requests, serving
@@ -200,18 +200,32 @@ def test_no_more_requests_are_under_way_than_allowed(tmp_path):
 
 
 def test_a_stop_lets_the_requests_under_way_end_and_begins_no_other(tmp_path):
-    log = tmp_path / "log"
+    log, said = tmp_path / "log", []
 
     def stopping():
         return len(requests(log)) >= 4
 
     with (
         serving(log, "--delay", "0.2") as url,
-        panel(tmp_path, endpoint(url, concurrency=2), stopping=stopping) as experts,
+        panel(tmp_path, endpoint(url, concurrency=2), stopping=stopping, say=said.append) as experts,
     ):
         with pytest.raises(ExpertError, match="questions without an answer: stopped"):
             experts.ask(questions(20), what="test")
-        assert len(experts.cache) == len(answered(log)) == len(requests(log)) < 8
+        num = len(experts.cache)
+        assert num == len(answered(log)) == len(requests(log)) < 8
+    assert said[-1].startswith(f"test: {num} answers in ")
+
+
+def test_a_stop_after_a_first_refusal_is_a_stop(tmp_path):
+    log = tmp_path / "log"
+    with (
+        serving(log, "--faults", "400", "--stubborn") as url,
+        panel(tmp_path, endpoint(url, concurrency=1), stopping=lambda: len(requests(log)) >= 1) as experts,
+    ):
+        with pytest.raises(Interrupted, match="3 questions without an answer: stopped"):
+            experts.ask(questions(3), what="test")
+        # Whether the server refuses this question or every one is not known yet.
+        assert len(experts.cache) == 0
 
 
 def test_own_fields_are_sent_and_are_part_of_the_key(tmp_path):

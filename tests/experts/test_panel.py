@@ -75,6 +75,17 @@ def test_all_experts_answer_every_question_when_asked_to(tmp_path):
     assert {answer.model for given in answers for answer in given} == {"m", "n"}
 
 
+def test_two_servers_of_one_model_are_not_both_paid_for_an_answer(tmp_path):
+    log = tmp_path / "log"
+    with serving(log) as url:
+        both = [endpoint(url, name="owl"), endpoint(url, name="elk")]
+        with panel(tmp_path, *both, assign="all") as experts:
+            answers = experts.ask(questions(3), what="test")
+            assert experts.asked == 3
+    assert [[answer.source for answer in given] for given in answers] == [["owl"]] * 3
+    assert len(requests(log)) == 3
+
+
 def test_one_broken_server_does_not_cost_what_another_writes(tmp_path):
     with serving(tmp_path / "log", "--delay", "0.3") as url:
         dead = endpoint("http://127.0.0.1:9/v1", name="dead", model="n", concurrency=2)
