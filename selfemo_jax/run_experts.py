@@ -27,10 +27,10 @@ from selfemo_jax.parts import Parts, base_weights, make_engine
 from selfemo_jax.run_biographies import add_biographies
 from selfemo_jax.run_data import RunData, with_experts
 from selfemo_jax.run_inputs import cold_inputs
+from selfemo_jax.run_personas import add_personas, to_jsonl
 from selfemo_jax.run_resume import Stopped
 from selfemo_jax.scores import encode_prompt
-from selfemo_jax.selfplay import cold_start, personas
-from selfemo_jax.selfplay.personas import Piece, Scene
+from selfemo_jax.selfplay import cold_start
 from selfemo_jax.settings.experts import Endpoint
 
 Say = Callable[[str], None]
@@ -78,7 +78,8 @@ def _check_one_asks(config: Config) -> None:
     if names:
         raise ValueError(
             f"expert {names[0]}: the policy cannot be the expert of a run of {num_processes()} processes; "
-            "let one process ask first (python -m selfemo_jax.extract), with the same expert.cache"
+            "serve it (tools/vllm_sidecar.py serve) and name the server as an endpoint of kind http, or "
+            "start the run as one process"
         )
 
 
@@ -159,73 +160,6 @@ def _ask(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) ->
     return replace(data, expert_cache=used)
 
 
-def persona_pieces(config: Config, data: RunData) -> dict[str, list[tuple[Piece, tuple[Sample, ...]]]]:
-    """Split -> what is read of it, each piece with the inputs that get their persona from it."""
-    settings = config.persona
-    found: dict[str, list[tuple[Piece, tuple[Sample, ...]]]] = {}
-    for split in settings.splits:
-        if split == "train":
-            samples = data.all_train()
-        elif split in data.evaluation:
-            samples = data.split(split)
-        else:
-            continue
-        if settings.scope == "history":
-            found[split] = [
-                (personas.history_piece(sample, max_turns=settings.max_turns), (sample,))
-                for sample in samples
-            ]
-            continue
-        # A whole dialogue tells what is said later; config_check allows it for train alone.
-        assert split == "train", f"segments of the {split} split"
-        by_root: dict[str, list[Sample]] = {}
-        for sample in samples:
-            by_root.setdefault(sample.root_id, []).append(sample)
-        found[split] = [
-            (piece, tuple(s for s in members if start < len(s.history) <= end))
-            for root, members in by_root.items()
-            for piece, start, end in personas.segments(
-                data.dialogues[root], root, max_turns=settings.max_turns
-            )
-        ]
-    return found
-
-
-def add_personas(config: Config, data: RunData, panel: Panel, folder: Path, say: Say) -> RunData:
-    """The data whose inputs carry the persona and theme that experts inferred (equation 4)."""
-    if config.persona.source != "expert":
-        return data
-    pieces = persona_pieces(config, data)
-    listed = [piece for split in pieces.values() for piece, _ in split]
-    scenes, reasons = personas.extract(panel, listed)
-    scene_of = {
-        sample.id: scenes[piece.id]
-        for split in pieces.values()
-        for piece, members in split
-        for sample in members
-        if piece.id in scenes
-    }
-    lines = [_scene_line(piece, scenes.get(piece.id), reasons.get(piece.id)) for piece in listed]
-    atomic_write(folder / "personas.jsonl", _jsonl(lines))
-    say(f"personas: {len(scenes)} of {len(listed)} pieces{_shown(reasons)}")
-    train = {name: tuple(_told(s, scene_of) for s in samples) for name, samples in data.train.items()}
-    evaluation = {
-        split: {name: tuple(_told(s, scene_of) for s in samples) for name, samples in sets.items()}
-        for split, sets in data.evaluation.items()
-    }
-    # Self-play needs the personas of all speakers. Histories come with rising length, so the first that
-    # names a speaker is the one that knows least of the future.
-    by_root: dict[str, dict[str, str]] = {root: {} for root in data.personas}
-    for piece, members in pieces.get("train", ()):
-        if piece.id in scenes:
-            root = members[0].root_id if members else piece.id.rpartition("#")[0]
-            for speaker, sentence in scenes[piece.id].personas.items():
-                by_root[root].setdefault(speaker, sentence)
-    return with_experts(
-        data, train=train, evaluation=evaluation, personas=by_root, examples=data.expert_examples
-    )
-
-
 def add_examples(
     config: Config, codec: TextCodec, data: RunData, panel: Panel, folder: Path, say: Say
 ) -> RunData:
@@ -234,7 +168,7 @@ def add_examples(
         return data
     asked = [sample for samples in cold_inputs(config, data).values() for sample in samples]
     # What the policy is not told must not decide what it is to say.
-    told = asked if config.data.persona else [replace(sample, persona=None) for sample in asked]
+    told = asked if config.data.persona else [replace(s, persona=None, theme=None) for s in asked]
     written = cold_start.write_answers(panel, told, config)
     examples, judged = [], []
     original = {sample.id: sample for sample in asked}
@@ -247,7 +181,7 @@ def add_examples(
             else:
                 one = replace(one, reason="too_long")
         judged.append(one)
-    atomic_write(folder / "cold_start.jsonl", _jsonl([one.to_json() for one in judged]))
+    atomic_write(folder / "cold_start.jsonl", to_jsonl([one.to_json() for one in judged]))
     counts = cold_start.reasons(judged)
     words = ", ".join(f"{reason} {count}" for reason, count in counts.items())
     say(f"cold start: {len(examples)} of {len(judged)} expert answers accepted ({words})")
@@ -274,38 +208,6 @@ def _target(one: cold_start.Written, sample: Sample, codec: TextCodec, config: C
             think_open=think_open,
         )
     )
-
-
-def _told(sample: Sample, scenes: Mapping[str, Scene]) -> Sample:
-    scene = scenes.get(sample.id)
-    if scene is None:
-        return sample
-    return replace(
-        sample,
-        persona=scene.personas.get(sample.responder),
-        theme=scene.theme,
-        tags=(*sample.tags, f"persona:{scene.source}"),
-    )
-
-
-def _scene_line(piece: Piece, scene: Scene | None, reason: str | None) -> dict[str, Any]:
-    if scene is None:
-        return {"piece": piece.id, "reason": reason}
-    return {
-        "piece": piece.id,
-        "source": scene.source,
-        "theme": scene.theme,
-        "personas": dict(scene.personas),
-    }
-
-
-def _jsonl(records: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _shown(reasons: Mapping[str, str], most: int = 3) -> str:
-    shown = "; ".join(f"{piece}: {reason}" for piece, reason in list(reasons.items())[:most])
-    return f"; {len(reasons)} have none ({shown})" if reasons else ""
 
 
 def _policy_maker(config: Config, parts: Parts, stack: ExitStack) -> MakePolicy:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from selfemo_jax import run_data
+from selfemo_jax import extract, run_data
 from selfemo_jax.data.dialogues import MELD, Dialogue, Turn, make_corpus
 from selfemo_jax.experts.panel import Panel
 from selfemo_jax.label_phase import training_dialogues
@@ -72,6 +72,21 @@ def test_experts_write_them_once_and_an_evaluation_finds_them(load, tmp_path):
     assert json.loads((tmp_path / FILE).read_text())["source"] == "one"
     again = with_biographies(config, data)
     assert again.fingerprint == told.fingerprint and again.train == told.train
+
+
+@pytest.mark.usefixtures("load")
+def test_the_command_that_asks_without_training_asks_for_them(tmp_path):
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([["lines that Ada says", WRITTEN], ["lines that Bo", " "]]))
+    words = ["--data.sets=[meld]", "--data.speaker_style=name", f"--out={tmp_path}"]
+    with serving(tmp_path / "log", "--answers", str(answers)) as url:
+        endpoint = json.dumps([{"name": "one", "base_url": url, "model": "m"}])
+        words += [f"--expert.endpoints={endpoint}", "--output.biography=expert"]
+        assert extract.main([*words, "--what=cold_start"]) == 2
+        assert extract.main([*words, "--what=biographies"]) == extract.main(words) == 0
+    assert len(requests(tmp_path / "log")) == 2, "one question a speaker, asked once"
+    (found,) = json.loads((tmp_path / FILE).read_text())["biographies"]
+    assert (found["speaker"], found["text"]) == ("Ada", WRITTEN)
 
 
 def test_settings_without_biographies_change_nothing(load, tmp_path):

@@ -21,8 +21,9 @@ from selfemo_jax.config_io import parse_config
 from selfemo_jax.data.grammar import parse
 from selfemo_jax.phases import Phase
 from selfemo_jax.run_data import load_data
-from selfemo_jax.run_experts import ask_experts, cold_inputs, persona_pieces
+from selfemo_jax.run_experts import ask_experts, cold_inputs
 from selfemo_jax.run_inputs import encode_example, phase_examples
+from selfemo_jax.run_personas import persona_pieces, with_personas
 from selfemo_jax.run_resume import Stopped
 from tests import micro
 from tests.experts.chat_server import answered, requests, serving
@@ -84,6 +85,13 @@ def test_personas_go_to_training_inputs_alone(tmp_path):
     assert data.fingerprint != before.fingerprint
     lines = list(map(json.loads, (tmp_path / "personas.jsonl").read_text().splitlines()))
     assert len(lines) == len(roots) and {line["source"] for line in lines} == {"owl"}
+    # Commands that look at the run later tell the same.
+    again = replace(settings_, run_dir=str(tmp_path))
+    assert with_personas(again, before, split="test") is before
+    read = with_personas(again, before, split="train")
+    assert (read.train, read.personas) == (data.train, data.personas)
+    with pytest.raises(ValueError, match="elsewhere/personas.jsonl does not exist"):
+        with_personas(replace(settings_, run_dir="elsewhere"), before, split="train")
 
 
 def test_personas_of_other_splits_are_made_of_each_history_alone(tmp_path):
@@ -135,6 +143,20 @@ def test_accepted_answers_become_the_cold_start(tmp_path):
     assert [line["sample_id"] for line in lines] == [s.id for s in chosen]
     assert sum(line["accepted"] for line in lines) == len(examples)
     assert f"{len(examples)} of 8 expert answers accepted" in said[-1]
+
+
+def test_an_expert_is_told_no_more_of_the_person_and_the_scene_than_the_policy(tmp_path):
+    log, cold = tmp_path / "log", {"source": "mixed", "num": 2}
+    with serving(log) as url:
+        for told in (True, False):
+            settings_ = config(url, cold_start=cold, data={"persona": told})
+            data = asked(settings_, load_data(settings_), tmp_path / str(told))
+            chosen = [s for samples in cold_inputs(settings_, data).values() for s in samples]
+            assert all(sample.persona and sample.theme for sample in chosen)
+            lines = (tmp_path / str(told) / "experts.jsonl").read_text().splitlines()
+            for sample, line in zip(chosen, map(json.loads, lines), strict=True):
+                assert (f"The scene: {sample.theme}" in line["user"]) is told
+                assert (sample.persona in line["user"]) is told
 
 
 def test_the_mixed_cold_start_falls_back_to_the_human_turn(tmp_path):

@@ -123,6 +123,8 @@ def parse_scene(text: str, speakers: Sequence[str], *, source: str = "") -> Scen
     Nothing in it is run: the block must be one dict literal of strings whose keys are the speakers and
     ``Theme``, each once.
     """
+    # What a reasoning model drafted before it spoke may leave a block open.
+    text = text.rpartition("</think>")[2]
     fences = list(_FENCE.finditer(text))
     if len(fences) < 2:
         return "there is no closed code block"

@@ -52,6 +52,12 @@ def test_the_last_block_counts():
     assert later == "the code block holds a str, not a dict"
 
 
+def test_a_draft_in_a_reasoning_models_thoughts_is_passed_over():
+    thoughts = f"<think>The form is\n```python\n{{'Ada': ...}}\n{full()}\n```\n</think>"
+    assert parse_scene(f"{thoughts}\n{full()}", ("Ada", "Bo")).personas["Bo"] == BO
+    assert parse_scene(thoughts, ("Ada", "Bo")) == "there is no closed code block"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
