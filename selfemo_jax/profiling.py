@@ -1,4 +1,4 @@
-"""Traces of chosen steps by the JAX profiler, for XProf, TensorBoard or Perfetto; and what they say in short."""
+"""Traces of chosen steps by the JAX profiler, for XProf, TensorBoard or Perfetto; what they say in short."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -163,9 +163,7 @@ def make_steps(
         hidden, targets = batch_hidden(params, batch), batch["targets"]
         settings = {"temperature": temperature, "budget_bytes": budget}
         wanted = is_target(batch["token_weights"], targets)
-        return token_logprobs(
-            params, model, compute, hidden, targets, wanted=wanted, width=width, **settings
-        )
+        return token_logprobs(params, model, compute, hidden, targets, wanted=wanted, width=width, **settings)
 
     def sft_objective(params, batch, *, width=None):
         logprobs, entropy = batch_logprobs(params, batch, 1.0, width)

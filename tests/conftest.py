@@ -1,7 +1,9 @@
 """Settings of all tests: eight simulated CPU devices, shape checks of the kernels, the optional real data."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,6 +31,9 @@ if ROOT not in sys.path:
     # Helpers beside the tests are imported as tests.<area>.<name>.
     sys.path.insert(0, ROOT)
 
+MAPPINGS = 20_000
+"""Linux allows a process 65,530; a compiled function holds a few, and the compiler crashes without them."""
+
 NO_DATA = (
     "SELFEMO_DATA is not set to a folder with meld/ and emorynlp/; "
     "`python tools/data.py fetch --root DIR` gets the files"
@@ -42,6 +47,16 @@ def selfemo_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip(f"{NO_DATA} (found {folder!r})")
     return Path(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_functions() -> Iterator[None]:
+    """Forgets what the tests of a file compiled where much has come together."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -41,7 +41,13 @@ MAY_IMPORT = {
 }
 """Part -> the parts it may use beside itself. What is not named here is a page and may use every part."""
 
-GROUPS = {"config_io": "config", "config_check": "config", "settings": "config", "sinks": "runlog"}
+GROUPS = {
+    "config_io": "config",
+    "config_check": "config",
+    "settings": "config",
+    "sinks": "runlog",
+    "optimizer": "train_step",
+}
 ALGO_LIBRARIES = {"jax", "jaxtyping", "numpy"}
 """numpy for what is decided once on the host, as the weight of each target."""
 SIDECAR_ONLY = {"torch", "vllm"}

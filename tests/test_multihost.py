@@ -113,8 +113,10 @@ def test_the_first_process_gets_whole_weights_on_its_own_devices(found):
 
 
 def test_a_process_that_fails_ends_the_others_with_its_reason(tmp_path):
-    (first, out_first), (second, _) = ended(start("raise", tmp_path))
-    assert (first, second) == (LOST, 1)
+    (first, out_first), (second, out_second) = ended(start("raise", tmp_path))
+    # JAX aborts the second one if the first is gone before it has ended by itself.
+    assert first == LOST and second in (1, -signal.SIGABRT), out_second
+    assert "ValueError: its data is gone" in out_second
     assert "process 1 on" in out_first and "ended: ValueError: its data is gone" in out_first
 
 

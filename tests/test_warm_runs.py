@@ -20,4 +20,5 @@ def test_a_run_compiles_nothing_after_the_first_step_of_each_phase(tmp_path):
     assert {name: len(counts) for name, counts in by_phase.items()} == {"cold": 6, "rl_final": 5}
     for name, counts in by_phase.items():
         assert counts[0] > 0, "nothing was counted"
-        assert not any(counts[1:]), (name, counts)
+        # The line of the last step also tells what the scores after it compiled.
+        assert not any(counts[1:-1]), (name, counts)

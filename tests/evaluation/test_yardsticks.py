@@ -56,8 +56,8 @@ def test_they_learn_from_training_dialogues_alone():
 
 @pytest.mark.slow
 def test_real_test_splits_have_the_known_yardsticks(selfemo_data):
-    """Measured before by other code (60.88 / 54.64 and 37.80 / 30.53): majority to the digit; the linear model
-    to the few utterances that the choice of its tokens moves."""
+    """Measured before by other code (60.88 / 54.64 and 37.80 / 30.53): majority to the digit; the linear
+    model to the few utterances that the choice of its tokens moves."""
     data = load_data(Config(data=DataSection(sets=["meld", "emorynlp"], root=str(selfemo_data))))
     found = yardsticks(data, "test")
     percent = {

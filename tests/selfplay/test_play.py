@@ -14,7 +14,7 @@ from selfemo_jax.rollout.records import load_groups, step_file
 from selfemo_jax.run_inputs import encode_input
 from selfemo_jax.scoring import make_scorer
 from selfemo_jax.selfplay import __main__ as command
-from selfemo_jax.selfplay.flywheel import extend
+from selfemo_jax.selfplay.flywheel import TOO_LONG, extend
 from selfemo_jax.selfplay.play import (
     accepted_replies,
     line_ids,
