@@ -1,13 +1,14 @@
 """Which dialogues of one split repeat dialogues of another: the scenes that two corpora share.
 
-Text is lower-cased and reduced to words. A line is informative from `MIN_WORDS` words on. Two informative
-lines match if the Jaccard similarity of their word sets is at least `MIN_JACCARD`, or the shorter is
-contained in the longer, word for word. Two dialogues are shared by the rule
+Text is lower-cased, apostrophes are dropped, and all else that is no letter or digit parts words. A line is
+informative from `MIN_WORDS` words on. Two informative lines match if the Jaccard similarity of their word
+sets is at least `MIN_JACCARD`, or the shorter is contained in the longer, word for word. Two dialogues are
+shared by the rule
 
-    strict   at least two matches in the same order in both
+    strict   at least two matches in the same order in both; or a match of the only informative line that one
+             of them has, of at least `LONG_LINE` words
     wide     strict; or two lines verbatim in any order; or one line of at least `LONG_LINE` words verbatim;
-    or one of
-             at least `LONG_PART` words contained
+             or one of at least `LONG_PART` words contained
 
 Scores are told apart by the strict rule; training dialogues are dropped by the wide one.
 """
@@ -33,7 +34,7 @@ RULES = ("strict", "wide")
 OFFICIAL_OVERLAP = ("iemocap",)
 """Sets whose own splits share their scripts by design: overlap inside them is reported, never dropped."""
 
-_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'"})
+_APOSTROPHES = str.maketrans(dict.fromkeys("'\u2019\u2018", ""))
 _WORD = re.compile(r"[a-z0-9]+")
 _IEMOCAP_KIND = re.compile(r"_(impro|script)")
 
@@ -72,6 +73,11 @@ def root_id(dialogue: Dialogue) -> str:
     return f"{dialogue.dataset}/{dialogue.split}/{dialogue.dialogue_id}"
 
 
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a line as they are compared."""
+    return tuple(_WORD.findall(unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).lower()))
+
+
 def title(name: str) -> str:
     """How messages write a data set's name."""
     return {"meld": "MELD", "emorynlp": "EmoryNLP", "iemocap": "IEMOCAP"}.get(name, name)
@@ -83,10 +89,13 @@ def shared_dialogues(
     """The pairs, one dialogue of each side, that the rule calls shared, in order of `first`."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
-    pairs = []
-    for (one, other), matches in sorted(_matches(_lines(first), _lines(second)).items()):
+    pairs, lines = [], (_lines(first), _lines(second))
+    informative = [Counter(line.dialogue for line in side) for side in lines]
+    for (one, other), matches in sorted(_matches(*lines).items()):
         aligned = _longest_chain([match.turns for match in matches])
-        if aligned >= 2 or (rule == "wide" and _is_wide(matches)):
+        only = min(informative[0][one], informative[1][other]) == 1
+        strict = aligned >= 2 or (only and max(match.num_words for match in matches) >= LONG_LINE)
+        if strict or (rule == "wide" and _is_wide(matches)):
             pairs.append(
                 SharedPair(
                     first=root_id(first[one]),
@@ -192,7 +201,8 @@ def leakage_warnings(corpus: Corpus, *, policy: str = "official") -> tuple[str, 
         _, split, name = pair.first.split("/", 2)
         other = pair.second.split("/", 2)[2]
         found = (
-            f"{split} dialogue {name} shares {pair.num_matches} long utterances with train dialogue {other}"
+            f"{split} dialogue {name} shares {pair.num_matches} long "
+            f"utterance{'s' if pair.num_matches > 1 else ''} with train dialogue {other}"
         )
         if policy == "strict":
             raise ValueError(
@@ -211,8 +221,7 @@ def _lines(dialogues: Sequence[Dialogue]) -> list[_Line]:
     lines = []
     for number, dialogue in enumerate(dialogues):
         for turn_number, turn in enumerate(dialogue.turns):
-            text = unicodedata.normalize("NFKD", turn.text.translate(_APOSTROPHES)).lower()
-            words = tuple(_WORD.findall(text))
+            words = words_of(turn.text)
             if len(words) >= MIN_WORDS:
                 lines.append(_Line(number, turn_number, words, frozenset(words)))
     return lines

@@ -1,28 +1,22 @@
 """How much of an evaluation split is in training data, counted line by line: the tables of `tools/data.py
 audit`.
 
-Text is lower-cased, apostrophes are dropped, and all else that is no letter or digit parts words. A line is
-informative from five words on. Which dialogues are shared is decided by the strict rule of `audit`, whose
-word rule keeps the halves of "don't" apart; speakers are compared by their first name, as MELD has no
-other.
+Words, informative lines and shared dialogues (strict rule) are those of `audit`; speakers are compared by
+their first name, as MELD has no other.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, root_id, shared_dialogues
+from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, root_id, shared_dialogues, words_of
 from selfemo_jax.data.dialogues import Corpus, Dialogue
 
 LONG_WORDS = 6
 """Words from which an exact repetition is no longer small talk."""
-MIN_CONTAINED = 3
-"""Words of a line that counts as aligned with a longer one that contains it."""
 
 Words = tuple[str, ...]
 
@@ -61,16 +55,6 @@ class CrossOverlap:
     near: int
     """Informative rows near an informative training row of the same speaker, or one contained in the
     other."""
-
-
-def words_of(text: str) -> Words:
-    """The words of a line as they are compared."""
-    plain = (
-        unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2018", "'"))
-        .lower()
-        .replace("'", "")
-    )
-    return tuple(re.findall(r"[a-z0-9]+", plain))
 
 
 def own_overlap(corpus: Corpus, split: str) -> OwnOverlap:
@@ -123,7 +107,8 @@ def cross_overlap(corpus: Corpus, split: str, other: Corpus) -> CrossOverlap:
 
 
 def num_aligned(one: Sequence[Words], other: Sequence[Words]) -> int:
-    """Most rows of two dialogues that can be paired in order: equal, near, or one contained in the other."""
+    """Most rows of two dialogues that can be paired in order: equal, or both informative and near or one
+    contained in the other."""
     longest = [0] * (len(other) + 1)
     for line in one:
         above = longest
@@ -197,11 +182,12 @@ def _paired(one: Words, other: Words) -> bool:
         return False
     if one == other:
         return True
+    if min(len(one), len(other)) < MIN_WORDS:
+        return False
     first, second = set(one), set(other)
     common = len(first & second)
-    if common >= MIN_JACCARD * (len(first) + len(second) - common) - 1e-9:
-        return True
-    return min(len(one), len(other)) >= MIN_CONTAINED and _contains(one, other)
+    near = common >= MIN_JACCARD * (len(first) + len(second) - common) - 1e-9
+    return near or _contains(one, other)
 
 
 def _contains(one: Words, other: Words) -> bool:

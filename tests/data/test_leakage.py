@@ -50,7 +50,7 @@ def test_own_overlap_by_hand():
         dev=[],
     )
     assert own_overlap(meld, "test") == OwnOverlap(
-        rows=6, exact=5, long=3, long_exact=3, dialogues=3, identical=1, shared=1
+        rows=6, exact=5, long=3, long_exact=3, dialogues=3, identical=1, shared=2
     )
 
 
@@ -60,10 +60,10 @@ def test_cross_overlap_by_hand_compares_first_names():
     meld = corpus(MELD, train=[[A, ("Bo", "Hm."), B], [C]], test=[], dev=[])
     other = ("Cy", C[1])
     emory = corpus(
-        EMORYNLP, full_names=True, train=[], dev=[], test=[[near, ("Bo", "Hm."), part, other], [A]]
+        EMORYNLP, full_names=True, train=[], dev=[], test=[[near, ("Bo", "Hm."), part, other], [A, other]]
     )
     assert cross_overlap(emory, "test", meld) == CrossOverlap(
-        dialogues=2, shared=1, rows=5, rows_in_shared=4, rows_aligned=3, informative=4, verbatim=1, near=3
+        dialogues=2, shared=1, rows=6, rows_in_shared=4, rows_aligned=3, informative=5, verbatim=1, near=3
     )
 
 
@@ -73,7 +73,10 @@ def test_alignment_keeps_the_order_and_pairs_a_row_once():
     assert num_aligned([a, b], [b, a]) == 1
     assert num_aligned([a], [a, a]) == 1
     assert num_aligned([a, ()], [(), a]) == 1, "rows without words pair with nothing"
-    assert num_aligned([("oh", "no")], [("oh", "no", "not", "again")]) == 0, "two words are not enough"
+    said = ("oh", "no", "not", "you")
+    assert num_aligned([said], [said]) == 1, "equal rows pair however short they are"
+    assert num_aligned([said], [(*said, "again", "please")]) == 0, "four words are not enough"
+    assert num_aligned([(*said, "again")], [(*said, "again", "please")]) == 1
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +99,14 @@ def test_real_overlap_of_a_set_with_itself(real, name, split, percent, long, lon
     assert (found.long, found.long_exact, found.identical, found.shared) == (long, long_exact, 0, shared)
 
 
-# Shared dialogues, rows in them and aligned rows by another implementation of the same words: 16, 199, 145;
-# 27, 248, 190; 63, 559, 385; 15, 149, 100; near rows 101, 130, 290, 69. It finds two MELD test dialogues
-# and one of dev more; aligned and near rows differ by at most four.
+# By another implementation of the same words all of these are the same, but near rows of MELD: 290 and 69.
 @pytest.mark.parametrize(
     ("name", "split", "other", "shared", "in_shared", "aligned", "informative", "verbatim", "near"),
     [
         ("emorynlp", "test", "meld", 16, 199, 145, 573, 92, 101),
-        ("emorynlp", "dev", "meld", 27, 248, 193, 529, 115, 130),
-        ("meld", "test", "emorynlp", 61, 559, 387, 1705, 248, 294),
-        ("meld", "dev", "emorynlp", 14, 147, 101, 718, 55, 70),
+        ("emorynlp", "dev", "meld", 27, 248, 190, 529, 115, 130),
+        ("meld", "test", "emorynlp", 63, 559, 385, 1705, 248, 294),
+        ("meld", "dev", "emorynlp", 15, 149, 100, 718, 55, 70),
     ],
 )
 def test_real_overlap_across_sets(
