@@ -10,7 +10,7 @@ outside the grammar is wrong. Beside each score stand the invalid rate, lenient 
 always answering with the most frequent training label; beside the sets of the paper its Table 1.
 """
 
-import selfemo_jax.allocator  # noqa: F401, I001 - before NumPy starts threads
+import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 
 import json
 import sys
@@ -35,6 +35,7 @@ from selfemo_jax.experts.ask import ExpertError
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
 from selfemo_jax.run_data import RunData, load_data
+from selfemo_jax.run_personas import with_personas
 from selfemo_jax.scores import Prediction, score
 
 FLAGS = {
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = command.extra
         with _opened(config, command) as (answers, config, folder, note):
             data = with_biographies(config, load_data(config))
+            if config.eval.persona == "given":
+                data = with_personas(config, data, split=flags["split"])
             evaluate_splits(
                 answers, data, splits=[flags["split"]], note=note, folder=folder, say=print,
                 num_samples=flags["samples"], with_yardsticks=flags["yardsticks"], seed=config.seed,

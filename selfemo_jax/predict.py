@@ -8,7 +8,7 @@ One JSON object a line in, ``{"dialogue_id", "turns": [{"speaker", "text"}], "re
 that of ``--labels``.
 """
 
-import selfemo_jax.allocator  # noqa: F401, I001 - before NumPy starts threads
+import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 
 import json
 import sys

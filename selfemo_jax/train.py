@@ -28,7 +28,7 @@ Departures from the paper, and points that its text leaves open:
 8. `cold_start.labels` learns labels alone before the answers, one row a dialogue: for small models only.
 """
 
-import selfemo_jax.allocator  # noqa: F401, I001 - before NumPy starts threads
+import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 
 import math
 import sys

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "data": set(),
     "config": set(),
     "appendlog": set(),
+    "allocator": set(),
     "distributed": {"config"},
     "runlog": {"config", "appendlog"},
     "phases": {"config", "appendlog", "distributed"},
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "scoring": {"algo", "data", "config", "rollout"},
     "rollout": {
         "algo",
+        "allocator",
         "model",
         "data",
         "config",

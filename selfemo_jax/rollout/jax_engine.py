@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from selfemo_jax.allocator import limit_freed_memory
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, Params
 from selfemo_jax.model.sharding import check_tp, make_mesh
@@ -166,6 +167,7 @@ class JaxEngine:
         board: Board | None = None
         while waiting or (board is not None and board.live()):
             board = self._arrange(board, waiting, allowed, sampling)
+            limit_freed_memory()
             for row in self._decode(board, sampling):
                 request_id = row.prompt.request.id
                 done[request_id][row.rollout] = _completion(row, sampling)

@@ -169,7 +169,9 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, i
         raise ValueError(f"{before.size} answers beside {after.size}; McNemar's test needs the same inputs")
     won, lost = int((~before & after).sum()), int((before & ~after).sum())
     table = [[int((before & after).sum()), lost], [won, int((~before & ~after).sum())]]
-    return won, lost, float(mcnemar(table, exact=True)["pvalue"]) if won + lost else 1.0
+    if not won + lost:
+        return won, lost, 1.0
+    return won, lost, float(mcnemar(table, exact=True).pvalue)  # pyrefly: ignore[missing-attribute]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
