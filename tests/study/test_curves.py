@@ -40,6 +40,11 @@ def test_roughness_by_hand():
 
 def test_rank_correlation_by_hand_and_where_there_is_none():
     assert spearman(np.array([1, 2, 3]), np.array([0.1, 0.5, 0.2]))[0] == pytest.approx(0.5)
+    # Two of the six orders of three points are as far from none; of 24 orders of four, 2.
+    assert spearman(np.arange(3), np.array([0.1, 0.2, 0.5])) == pytest.approx((1.0, 1 / 3))
+    assert spearman(np.arange(4), np.array([5.0, 3.0, 2.0, 1.0])) == pytest.approx((-1.0, 2 / 24))
+    # With a tie: ranks 1, 2.5, 2.5, covariance 1.5 at most, and 4 of 6 orders reach it.
+    assert spearman(np.arange(3), np.array([1.0, 2.0, 2.0]))[1] == pytest.approx(4 / 6)
     assert spearman(np.array([1, 2, 3]), np.array([4.0, 4.0, 4.0])) == (None, None)
     assert spearman(np.array([1, 2]), np.array([1.0, 2.0])) == (None, None)
 
