@@ -13,6 +13,8 @@ from selfemo_jax.reporting.reading import Notices, number, read_json, read_lines
 MOST_ROWS = 500
 MOST_POINTS = 2000
 """Personas of a picture beyond which evenly chosen ones are drawn."""
+DRAWN = "points"
+"""What a study's picture is drawn of: the curves of the run hold it, and a table of it hides the others."""
 BOUNDS = (("low", "high"), ("ci_low", "ci_high"), ("lower", "upper"), ("lo", "hi"))
 PAIRS = ("ci", "interval", "ci95", "confidence_interval")
 
@@ -96,6 +98,8 @@ def _walk(node: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
             yield where, [dict(node)]
             return
         for name, value in node.items():
+            if where == () and name == DRAWN:
+                continue
             yield from _walk(value, (*where, str(name)))
     elif isinstance(node, list) and node and all(isinstance(item, Mapping) for item in node):
         if all(map(_flat, node)):

@@ -107,6 +107,21 @@ def test_the_page_fits_its_screen_and_complains_of_nothing(chromium, request, wh
         assert (sum(dark) < 200) == (scheme == "dark")
 
 
+@pytest.mark.parametrize("width", [390, 1440])
+def test_counts_of_four_digits_fit_into_the_cells_of_confusions(chromium, one, width):
+    with opened(chromium, one, width=width) as page:
+        # Seven labels, as MELD has, in the width that the page gives a table of them.
+        too_wide = page.evaluate("""() => {
+          const [head, row] = document.querySelectorAll(".confusion tr");
+          while (head.children.length < 10) head.append(head.lastChild.cloneNode(true));
+          while (row.children.length < 10) row.append(row.lastChild.cloneNode(true));
+          const shown = [...row.querySelectorAll("td")];
+          shown.forEach((cell) => { cell.textContent = "1073"; cell.style.fontWeight = 700; });
+          return [shown.length, shown.filter((cell) => cell.scrollWidth > cell.clientWidth).length];
+        }""")
+        assert too_wide == [9, 0]
+
+
 def test_hostile_texts_are_shown_as_text(chromium, one):
     with opened(chromium, one) as page:
         unfold(page)

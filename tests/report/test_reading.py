@@ -215,6 +215,9 @@ def test_studies_become_tables_by_their_shape(tmp_path):
     arms.write_text(json.dumps({"full": {"f1": 0.5, "p_value": 0.01}, "none": {"f1": 0.4, "p_value": 0.2}}))
     (table,) = studies.tables(arms, [])
     assert table["kind"] == "significance" and table["columns"] == ["name", "f1", "p_value"]
+    drawn = tmp_path / "curves.json"
+    drawn.write_text(json.dumps({"curves": [{"last": 1.0}], "points": [{"step": 1, "value": 0.5}] * 300}))
+    assert [table["title"] for table in studies.tables(drawn, [])] == ["curves / curves"]
     (tmp_path / "bad.json").write_text("no")
     notices: list[str] = []
     assert studies.tables(tmp_path / "bad.json", notices) == [] and "bad.json cannot be read" in notices[0]

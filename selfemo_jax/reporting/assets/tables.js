@@ -116,10 +116,16 @@ function studyTable(one, runs) {
   const all = one.interval ? one.rows.flatMap(bounds).filter((value) => typeof value === "number") : [];
   const least = Math.min(...all), range = Math.max(...all) - least || 1;
   const where = (value) => `${(4 + 92 * (value - least) / range).toFixed(2)}%`;
-  const columns = one.columns.map((name, place) => ({
+  const beside = (name) => at(`${name} ci`), isBeside = (name) => name.endsWith(" ci") && at(name.slice(0, -3)) >= 0;
+  const bracketed = (found) => h("span", { class: "ci" }, ` [${found.map(short).join(", ")}]`);
+  const columns = one.columns.map((name, place) => isBeside(name) ? null : ({
     name, numeric: one.rows.some((row) => typeof row[place] === "number"),
-    cell: (row) => Array.isArray(row[place]) ? row[place].map(short).join(", ") : short(row[place]),
-  }));
+    cell: (row) => {
+      const shown = Array.isArray(row[place]) ? row[place].map(short).join(", ") : short(row[place]);
+      const found = row[beside(name)];
+      return Array.isArray(found) ? [shown, bracketed(found)] : shown;
+    },
+  })).filter(Boolean);
   if (all.length) {
     columns.push({ name: "interval", cell: (row) => {
       const found = bounds(row);
