@@ -21,6 +21,7 @@ from selfemo_jax.plan.planning import make_plan
 from selfemo_jax.plan.shapes import planned_model, published_shape
 from selfemo_jax.train_step import born_sharded
 from tests.fabricated import settings
+from tools import plan as plan_tool
 
 SMALL = ModelConfig(
     architecture="qwen3", vocab_size=512, embed_dim=128, mlp_dim=256, num_layers=3, num_heads=4,
@@ -116,12 +117,46 @@ def test_recomputing_more_keeps_less_and_costs_time():
     model, config = published_shape("qwen3-0.6b"), read_config(config_folder() / "qwen3_4b.yaml")
     device, work = plan_device("h100"), Workload(prompt_tokens=300, completion_tokens=1200)
     sizes, seconds = [], []
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
         sizes.append(formulas.memory(model, changed, EIGHT).total)
         seconds.append(formulas.step_time(model, changed, EIGHT, device, work, Efficiency()).update)
-    assert sizes[0] > sizes[1] > sizes[2]
-    assert seconds[0] == seconds[1] and seconds[2] == pytest.approx(4 / 3 * seconds[0])
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
+    assert seconds[0] == seconds[1] < seconds[2] < seconds[3] == pytest.approx(4 / 3 * seconds[0])
+    # Beside each block's input: 16 attended heads of 128 in bfloat16, and a float32 sum of each.
+    positions = config.batch.micro_rows / 8 * config.batch.row_tokens
+    attended = model.num_layers * positions * 16 * (2 * 128 + 4)
+    assert sizes[2] - sizes[3] == pytest.approx(attended)
+
+
+def test_the_kernel_for_a_gpu_is_planned_without_one_and_keeps_no_scores(capsys):
+    model, config = published_shape("qwen3-0.6b"), read_config(config_folder() / "qwen3_4b.yaml")
+    blocks = []
+    for attention in ("dense", "blocked", "pallas"):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+        blocks.append(formulas.memory(model, changed, EIGHT).block)
+    assert blocks[0] > blocks[1] > blocks[2]
+    words = [
+        "--config",
+        str(config_folder() / "tiny.yaml"),
+        "--device",
+        "h100",
+        "--model.attention",
+        "pallas",
+    ]
+    assert plan_tool.main(words) == 0
+    assert "by formula alone" in capsys.readouterr().out
+
+
+def test_old_logprobs_cost_time_wherever_the_loss_needs_them():
+    model, device = published_shape("qwen3-0.6b"), plan_device("h100")
+    work = Workload(prompt_tokens=300, completion_tokens=60)
+    for change, needed in (({}, False), ({"importance": "token"}, True), ({"importance_band": 2.0}, True)):
+        config = Config(loss=dataclasses.replace(Config().loss, **change))
+        rl = dataclasses.replace(config.rl, mini_prompts=config.rl.prompts_per_step, updates_per_batch=1)
+        config = dataclasses.replace(config, rl=rl)
+        found = formulas.step_time(model, config, ONE, device, work, Efficiency()).old_logprobs
+        assert (found > 0) == needed, change
 
 
 def test_adapters_need_no_moments_of_the_base():

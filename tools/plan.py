@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(
                 "adapters (lora.rank): by formula alone, their step is not compiled here", markup=False
             )
+        elif config.model.attention == "pallas" and _platform(config) == "cpu":
+            console.print(
+                "model.attention pallas: by formula alone, its kernel compiles for a GPU that is here",
+                markup=False,
+            )
         elif not flags["no_compile"]:
             mesh, words = prepare(parse_mesh(config.mesh), platform=_platform(config))
             console.print(f"compiling on {words}", markup=False)

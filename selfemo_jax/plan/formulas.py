@@ -7,7 +7,7 @@ N query heads, K key-value heads, H head size, L layers; n tokens on one device,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, choose_backend
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import abstract_params
-from selfemo_jax.model.flops import block_weights, decode_bytes, forward_flops, group_work
+from selfemo_jax.model.flops import Work, block_weights, decode_bytes, forward_flops, group_work
 from selfemo_jax.model.sharding import partition_spec
 from selfemo_jax.plan.devices import Efficiency, PlanDevice
 
@@ -144,6 +144,8 @@ def activation_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int]
         "none": block_width(model, tp),
         # The result of every product: q, k, v, o, gate, up, down; and the block's input.
         "dots": 3 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp,
+        # The attended heads, a float32 sum for each, and the block's input.
+        "attention": model.embed_dim + model.num_heads * (model.head_dim + 4 / c) / tp,
         "full": float(model.embed_dim),
     }[config.model.remat]
     return model.num_layers * rows * config.batch.row_tokens * kept * c
@@ -158,7 +160,10 @@ def block_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, 
     again = 0.0 if config.model.remat == "none" else n * block_width(model, tp) * c
     gradients = n * (2 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp) * c
     queries = tokens
-    if choose_backend(config.model.attention, tokens) == "blocked":
+    # The kernel keeps its scores on the chip; no GPU is needed here to plan for it.
+    if config.model.attention == "pallas":
+        queries = 0
+    elif choose_backend(config.model.attention, tokens) == "blocked":
         queries = max(MIN_BLOCK, -(-tokens // MAX_BLOCKS))
     # Scores, weights and the gradient of one of them, float32.
     scores = 3 * 4 * rows * (model.num_heads / tp) * queries * tokens
@@ -285,12 +290,13 @@ def step_time(
     lengths = [work.completion_tokens] * size
     one = group_work(work.prompt_tokens, lengths)
     forward = groups * forward_flops(model, one) / devices
-    again = 4 / 3 if config.model.remat == "full" else 1.0
-    # Flops of the update: forward, twice that backward, and forward again where nothing was kept.
-    update = 3 * again * forward * config.rl.updates_per_batch / (device.flops * efficiency.train)
+    # Flops of the update: forward, twice that backward, and again what was not kept.
+    repeated = {"full": one, "attention": replace(one, num_pairs=0)}.get(config.model.remat, Work())
+    again = groups * forward_flops(model, repeated) / devices
+    update = (3 * forward + again) * config.rl.updates_per_batch / (device.flops * efficiency.train)
     scored = forward / (device.flops * efficiency.forward)
     updates = groups // config.rl.mini_prompts * config.rl.updates_per_batch
-    on_policy = updates == 1 and config.loss.importance == "off"
+    on_policy = updates == 1 and config.loss.importance == "off" and config.loss.importance_band is None
     positions = groups * (work.prompt_tokens - 1 + size * work.completion_tokens)
     micro = max(1.0, positions / (config.batch.micro_rows * config.batch.row_tokens))
     moved = sum(collective_bytes(model, config, axes).values()) * micro * config.rl.updates_per_batch
