@@ -309,7 +309,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the folder of a run")
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        # The last line of a run that is going on may be half written.
+        return [json.loads(line) for line in file if line.endswith("\n") and line.strip()]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -238,17 +238,17 @@ def _summary(arrays, present, valid, answers, groups) -> dict[str, float]:
 
 
 def _by_origin(samples: Sequence[Sample], r1: np.ndarray, present: np.ndarray) -> dict[str, float]:
-    """r1 by data set and by origin, and how many prompts of each a step held: gold of a synthetic input was
-    declared by the policy itself, so its reward is never mixed unseen with that of human labels."""
+    """r1 by data set, by origin and by the number of generated turns (``depth_1`` on), and how many prompts
+    of each a step held: gold of a synthetic input was declared by the policy itself, so its reward is never
+    mixed unseen with that of human labels."""
+    rows_of: dict[str, list[int]] = {}
+    for row, sample in enumerate(samples):
+        depth = [f"depth_{sample.depth}"] if sample.depth else []
+        for name in (sample.dataset, sample.origin, *depth):
+            rows_of.setdefault(name, []).append(row)
     metrics: dict[str, float] = {}
-    keys = [(f"data/{s.dataset}", f"reward/r1/{s.dataset}") for s in samples]
-    keys = [
-        (*pair, f"data/{s.origin}", f"reward/r1/{s.origin}") for pair, s in zip(keys, samples, strict=True)
-    ]
-    for offset in (0, 2):
-        for count_key, reward_key in sorted({(key[offset], key[offset + 1]) for key in keys}):
-            rows = np.array([key[offset] == count_key for key in keys])
-            metrics[count_key] = float(rows.sum())
-            if present[rows].any():
-                metrics[reward_key] = float(r1[rows][present[rows]].mean())
+    for name, rows in sorted(rows_of.items()):
+        metrics[f"data/{name}"] = float(len(rows))
+        if present[rows].any():
+            metrics[f"reward/r1/{name}"] = float(r1[rows][present[rows]].mean())
     return metrics

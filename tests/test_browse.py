@@ -75,7 +75,8 @@ def run(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     phases = [{"step": 4, "phase": "cold"}, {"step": 5, "phase": "rl_1"}, {"step": 6, "phase": "harvest_1"}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in phases))
+    # A run that is going on: its last line is half written.
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in phases) + '{"step": 7')
     return folder
 
 

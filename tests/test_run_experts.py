@@ -154,9 +154,11 @@ def test_an_expert_is_told_no_more_of_the_person_and_the_scene_than_the_policy(t
             chosen = [s for samples in cold_inputs(settings_, data).values() for s in samples]
             assert all(sample.persona and sample.theme for sample in chosen)
             lines = (tmp_path / str(told) / "experts.jsonl").read_text().splitlines()
-            for sample, line in zip(chosen, map(json.loads, lines), strict=True):
-                assert (f"The scene: {sample.theme}" in line["user"]) is told
-                assert (sample.persona in line["user"]) is told
+            prompts = {line["question"]: line["user"] for line in map(json.loads, lines)}
+            for sample in chosen:
+                prompt = prompts[f"{sample.id}#cold"]
+                assert (f"The scene: {sample.theme}" in prompt) is told
+                assert (sample.persona in prompt) is told
 
 
 def test_the_mixed_cold_start_falls_back_to_the_human_turn(tmp_path):

@@ -184,9 +184,9 @@ def test_malformed_answers_are_counted_by_code_and_earn_the_fail_value():
     assert found.metrics["answer/num_labels"] == 1.0
 
 
-def test_metrics_are_split_by_data_set_and_by_origin():
+def test_metrics_are_split_by_data_set_by_origin_and_by_depth():
     samples, groups = two_lists()
-    samples.append(synthetic(sample(1, gold={"fear": 1.0}), iteration=2))
+    samples.append(synthetic(sample(1, gold={"fear": 1.0}), iteration=2, depth=2))
     found = scored(settings(), samples, [*groups, group("c", [text([("fear", 1.0)])] * 4)]).metrics
     r1 = {"a": sum(R1) / 4, "b": (1 + 2 / 3) / 4, "c": 1.0}
     expected = {
@@ -198,6 +198,10 @@ def test_metrics_are_split_by_data_set_and_by_origin():
         "reward/r1/iemocap": r1["b"],
         "reward/r1/original": r1["a"],
         "reward/r1/synthetic": (r1["b"] + r1["c"]) / 2,
+        "data/depth_1": 1,
+        "data/depth_2": 1,
+        "reward/r1/depth_1": r1["b"],
+        "reward/r1/depth_2": r1["c"],
         "reward/r1": sum(r1.values()) / 3,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)

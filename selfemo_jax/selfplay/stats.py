@@ -129,7 +129,8 @@ def rewards_by_origin(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Phase -> original or synthetic -> mean r1, and how many prompts it is over; phases that sampled."""
     sums: dict[str, dict[str, list[float]]] = {}
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # The last line of a run that is going on may be half written.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     for line in map(json.loads, lines):
         for origin in ("original", "synthetic"):
             r1, number = line.get(f"reward/r1/{origin}"), line.get(f"data/{origin}", 0.0)

@@ -84,7 +84,8 @@ def run_of(folder, *, iterations=1):
         {"step": 3, "phase": "rl_1", "reward/r1/original": 0.2, "data/original": 3.0,
          "reward/r1/synthetic": 0.9, "data/synthetic": 2.0},
     ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    half = '{"step": 4, "phase": "rl_'
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + half)
     return folder
 
 
