@@ -65,6 +65,17 @@ class Fleet:
         """Positions of the servers that do not say that they are well."""
         return tuple(index for index, server in enumerate(self.servers) if not server.healthy())
 
+    def serves(self, server: Server, version: int) -> bool:
+        """Whether a server answers and names this version as what it serves."""
+        try:
+            return server.healthy() and server.version() == str(version)
+        except ServerError:
+            return False
+
+    def all_serve(self, version: int) -> bool:
+        """Whether every server does."""
+        return all(self.serves(server, version) for server in self.servers)
+
     def is_dying(self, server: Server) -> bool:
         """Whether a server that answered with an error is on its way out: it says so only a moment later."""
         until = time.monotonic() + _DYING_SECONDS
@@ -77,10 +88,11 @@ class Fleet:
     def bring_back(self, published: Published, reason: str) -> None:
         """Restart what is sick (all, where none is) and give every server the version.
 
-        RolloutError when the processes give up. Proof is the caller's business.
+        RolloutError when the processes give up, or after as many tries as they may be restarted. Proof is the
+        caller's business.
         """
         assert self._processes is not None
-        while True:
+        for _ in range(1 + self._settings.max_restarts):
             sick = self.sick() or tuple(range(len(self.servers)))
             self._say(f"rollout: {self._processes.exit_reason() or reason}; bringing it back")
             try:
@@ -98,6 +110,7 @@ class Fleet:
                 return
             except ServerError as error:
                 reason = str(error)
+        raise RolloutError(f"the servers of the rollouts are lost: they cannot be refreshed: {reason}")
 
     def close(self) -> None:
         """End the servers that are ours and all connections."""

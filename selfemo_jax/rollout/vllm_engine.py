@@ -6,7 +6,6 @@ that dies is started again, given the current version, and its requests are aske
 becomes a reward. Equal samples across engines are not claimed, only equal distributions.
 """
 
-import functools
 import threading
 import time
 from collections import Counter
@@ -18,23 +17,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 import tenacity
 
-from selfemo_jax.model.adapters import is_adapted
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.rollout.admission import Gate, check_versions
 from selfemo_jax.rollout.engine import Completion, Group, Request, RolloutError, Sampling, check_requests
 from selfemo_jax.rollout.fleet import Fleet, Processes, deal
-from selfemo_jax.rollout.proof import SLOPE_BOUND, Noise, Slope, Verdict
+from selfemo_jax.rollout.proof import Noise, Verdict
 from selfemo_jax.rollout.publish import Published, Publisher, is_same, remembered, snapshot
 from selfemo_jax.rollout.refresh import (
+    Continue,
     NotStagedError,
     Probes,
+    Refreshed,
     RefreshError,
     apply_on,
     prove,
     stage_on,
     timed,
 )
+from selfemo_jax.rollout.rollout_slope import RolloutSlope
 from selfemo_jax.rollout.server_api import Refused, Rejected, Server, ServerError, Unreachable
 from selfemo_jax.rollout.trainer_logprobs import TrainerLogprobs
 from selfemo_jax.settings.rollout import Rollout
@@ -86,10 +87,8 @@ class VllmEngine:
         self._probes = tuple(tuple(ids) for ids in probes)
         self._fleet = Fleet(start, settings.sidecar, say=say)
         self._serving: Serving | None = None
-        self._before: Params | None = None
-        self._slope = Slope()
-        self._recent: list[tuple[tuple[int, ...], Completion, float]] = []
-        self._rolled_back = False
+        self._slope = RolloutSlope(logprobs, dtype=dtype, most=settings.sidecar.slope_rollouts)
+        self._rolled_back, self._said_abstains = False, False
         self._control = threading.RLock()
         self._gate = Gate()
         self._turn = 0
@@ -123,7 +122,7 @@ class VllmEngine:
         `rollout.sidecar.on_unproven` is rollback and the last proven version serves again."""
         self._check_open()
         self._fleet.wait()
-        self._settle_slope()
+        self._slope.settle(self._noise.scale)
         fresh = snapshot(params, dtype=self._dtype)
         kept = remembered(params, fresh)
         with self._control:
@@ -148,11 +147,8 @@ class VllmEngine:
         with self._control:
             found = self._metrics | {f"rollout/{name}": float(n) for name, n in self._counts.items()}
             self._metrics, self._counts = {}, Counter()
-        if self._slope.num_tokens:
-            found |= {
-                "sync/slope": self._slope.value,
-                "sync/slope_error": self._slope.error(self._noise.scale),
-            }
+        if (slope := self._slope.total).num_tokens:
+            found |= {"sync/slope": slope.value, "sync/slope_error": slope.error(self._noise.scale)}
         return found
 
     def _check_open(self) -> None:
@@ -197,7 +193,7 @@ class VllmEngine:
                 with attempt, self._ticket() as ticket:
                     seen = ticket.epoch
                     completions = self._answer(ticket, request, sampling)
-            self._keep(request, completions, sampling)
+                    self._slope.note(request, completions, sampling, version=ticket.version)
             return Group(request_id=request.id, completions=completions)
         except Rejected as error:
             self._count(error.kind)
@@ -213,8 +209,14 @@ class VllmEngine:
             if error.status >= 500 and self._fleet.is_dying(ticket.server):
                 raise Unreachable(str(error)) from error
             raise
-        for _, versions in answers:
-            check_versions(versions, ticket.version, request.id)
+        try:
+            for _, versions in answers:
+                check_versions(versions, ticket.version, request.id)
+        except Rejected as error:
+            if self._fleet.serves(ticket.server, ticket.version):
+                raise
+            # Whoever runs an attached server started it again: it has to be given the weights.
+            raise Unreachable(f"{ticket.server.url} no longer has its weights: {error}") from error
         return tuple(replace(found, policy_versions=(ticket.source_step,)) for found, _ in answers)
 
     @contextmanager
@@ -236,14 +238,15 @@ class VllmEngine:
         with self._control:
             if self._closed or self._gate.failed:
                 raise RolloutError(f"the servers of the rollouts are lost: {reason}")
-            if self._fleet.epoch != epoch or not self._fleet.sick():
+            serving = self._serving
+            assert serving is not None
+            if self._fleet.epoch != epoch or self._fleet.all_serve(serving.published.version):
                 return
-            assert self._serving is not None
             self._gate.close()
             began = time.perf_counter()
             try:
-                self._bring_back(self._serving.published, reason)
-                self._prove_again(self._serving)
+                self._bring_back(serving.published, reason)
+                self._prove_again(serving)
             except RolloutError as error:
                 self._gate.fail(str(error))
                 raise
@@ -282,10 +285,7 @@ class VllmEngine:
         seconds["publish_and_score"] = time.perf_counter() - began
         old = earlier.logprobs if earlier else None
         probes = Probes(sequences=self._probes, new=new, old=old, old_head=old_head)
-        try:
-            verdict = self._take(fresh, published, probes, seconds)
-        except NotStagedError as error:
-            verdict = Verdict(proven=False, decided_by="stage", words=str(error))
+        verdict = self._take(fresh, published, probes, seconds)
         self._metrics |= {f"sync/{name}_s": value for name, value in seconds.items()}
         self._metrics |= verdict.metrics | {"sync/version": float(published.version)}
         if not verdict.proven:
@@ -294,38 +294,58 @@ class VllmEngine:
         if earlier is None:
             words = f"{len(self._fleet.servers)} servers, {sum(map(len, self._probes))} probe tokens"
             self._say(f"rollout: first refresh of {words}: {verdict.words}, residual {verdict.residual:.1e}")
+        elif verdict.decided_by == "digests" and not self._said_abstains:
+            self._said_abstains = True
+            self._say(f"rollout: policy of step {version}: {verdict.words} (sync/by_digests tells the rest)")
         self._noise = self._noise.after(verdict.residual)
-        self._before = earlier.params if earlier and self._settings.sidecar.slope_rollouts else None
+        self._slope.follow(kept, earlier and earlier.params, version=published.version)
         self._serving = Serving(published=published, source_step=version, params=kept, logprobs=new)
-        self._recent, self._rolled_back = [], False
+        self._rolled_back = False
         self._publisher.clean(protect={one.published.version for one in (earlier, self._serving) if one})
         self._gate.open()
 
     def _take(
         self, fresh: Params, published: Published, probes: Probes, seconds: dict[str, float]
     ) -> Verdict:
-        """Stage, apply and prove; a server that dies on the way is started again and given the version."""
+        """Stage, apply and prove; a server that dies on the way is started again and given the version. The
+        verdict is by ``stage`` where it was refused before any server changed, by ``restart`` where later."""
 
         def continued(sequences, sampled):
             whole = [(*ids, *more) for ids, more in zip(sequences, sampled, strict=True)]
             return self._logprobs(fresh, whole, starts=[len(ids) for ids in sequences])
 
-        limit = self._settings.sidecar.request_timeout
+        limit, changed = self._settings.sidecar.request_timeout, False
         try:
-            seconds["stage"] = stage_on(self._fleet.servers, published)
-            # Requests under way finish on the version that they were admitted under.
-            timed(seconds, "drain", lambda: self._gate.drain(limit))
-            seconds |= apply_on(self._fleet.servers, published)
-        except ServerError as error:
-            self._gate.close()
-            self._bring_back(published, str(error))
-        try:
-            result = prove(self._fleet.servers, published, probes, noise=self._noise, continued=continued)
-        except ServerError as error:
-            self._bring_back(published, str(error))
-            result = prove(self._fleet.servers, published, probes, noise=self._noise, continued=continued)
+            try:
+                seconds["stage"] = stage_on(self._fleet.servers, published)
+                # Requests under way finish on the version that they were admitted under.
+                timed(seconds, "drain", lambda: self._gate.drain(limit))
+                changed = True
+                seconds |= apply_on(self._fleet.servers, published)
+            except ServerError as error:
+                changed = True
+                self._gate.close()
+                self._bring_back(published, str(error))
+            result = self._prove(published, probes, continued)
+        except NotStagedError as error:
+            by = "restart" if changed else "stage"
+            return Verdict(proven=False, decided_by=by, words=str(error))
         seconds |= result.seconds
         return result.verdict
+
+    def _prove(self, published: Published, probes: Probes, continued: Continue | None) -> Refreshed:
+        """Ask all servers; one that dies meanwhile is started again, given the version and asked with the
+        others. RefreshError where they cannot be asked."""
+        reason = ""
+        for _ in range(1 + self._settings.sidecar.max_restarts):
+            try:
+                return prove(self._fleet.servers, published, probes, noise=self._noise, continued=continued)
+            except ServerError as error:
+                if isinstance(error, Refused) and error.status < 500:
+                    raise RefreshError(f"the servers refuse to be probed: {error}") from error
+                reason = str(error)
+                self._bring_back(published, reason)
+        raise RefreshError(f"version {published.version} could not be proven, servers kept failing: {reason}")
 
     def _unproven(self, version: int, verdict: Verdict, earlier: Serving | None) -> None:
         words = f"the refresh of the servers to the policy of step {version} is not proven: {verdict.words}"
@@ -347,51 +367,9 @@ class VllmEngine:
     def _prove_again(self, serving: Serving) -> None:
         """A version that was proven before is served again: digests decide, and the residual."""
         probes = Probes(sequences=self._probes, new=serving.logprobs)
-        result = prove(self._fleet.servers, serving.published, probes, noise=self._noise, continued=None)
+        result = self._prove(serving.published, probes, None)
         if not result.verdict.proven:
             raise RefreshError(
                 f"version {serving.published.version} was given to the servers again and is not proven: "
                 f"{result.verdict.words}"
-            )
-
-    # The slope of rollouts
-
-    def _plain(self, params: Params) -> Params:
-        return snapshot(params, dtype=self._dtype) if is_adapted(params) else params
-
-    def _keep(self, request: Request, completions: Sequence[Completion], sampling: Sampling) -> None:
-        """Note rollouts of the version now served, to be scored by the trainer before the next one."""
-        with self._control:
-            serving = self._serving
-            room = self._settings.sidecar.slope_rollouts - len(self._recent)
-            if self._before is None or serving is None or sampling.temperature == 0 or room <= 0:
-                return
-            self._recent += [
-                (request.token_ids, found, sampling.temperature)
-                for found in completions[:room]
-                if found.policy_versions == (serving.source_step,)
-            ]
-
-    def _settle_slope(self) -> None:
-        with self._control:
-            recent, self._recent = self._recent, []
-            serving, before = self._serving, self._before
-        if not recent or serving is None or before is None:
-            return
-        score = functools.partial(
-            self._logprobs,
-            sequences=[(*prompt, *found.token_ids) for prompt, found, _ in recent],
-            starts=[len(prompt) for prompt, _, _ in recent],
-            temperature=recent[0][2],
-        )
-        # One after the other: merged policies are as large as the base.
-        new, old = (score(self._plain(params)) for params in (serving.params, before))
-        for (_, found, _), after, ahead in zip(recent, new, old, strict=True):
-            self._slope.add(np.array(found.logprobs), after, ahead)
-        sure = self._slope.is_sure(self._noise.scale) and self._slope.stands_out(self._noise.scale)
-        if sure and not self._slope.value > SLOPE_BOUND:
-            raise RefreshError(
-                f"the slope of {self._slope.num_tokens} rollout tokens towards their own version is "
-                f"{self._slope.value:.3f}, expected above {SLOPE_BOUND}: the servers sampled them from older "
-                "weights than they say"
             )

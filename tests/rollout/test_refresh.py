@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from selfemo_jax.rollout import vllm_engine
 from selfemo_jax.rollout.proof import NOISE, Noise, Slope, judge
 from selfemo_jax.rollout.refresh import RefreshError
+from selfemo_jax.rollout.server_api import Unreachable
 from tests.rollout.common import make_requests, run
 from tests.rollout.served import SERVED, TIED, fake_engine, fault, nudged, post, sharp
 
@@ -181,6 +183,35 @@ def test_what_is_not_the_new_version_never_serves(tied, faults, size):
     assert metrics["sync/by_digests"] == 0.0 and metrics["sync/residual"] < 2e-5
 
 
+def test_a_version_that_is_refused_after_some_server_took_it_is_taken_back_from_all(tied, monkeypatch):
+    engine, servers = tied
+    params = sharp(TIED)
+    engine.update_policy(params, version=0)
+    requests = make_requests((5, 140), num=1)
+    before = run(engine, requests)
+    engine.take_metrics()
+    apply_on, stage_on = vllm_engine.apply_on, vllm_engine.stage_on
+
+    def applied_and_gone(all_servers, published):
+        monkeypatch.setattr(vllm_engine, "apply_on", apply_on)
+        apply_on(all_servers, published)
+        fault(servers, refuse_stage=True)
+        monkeypatch.setattr(vllm_engine, "stage_on", well_again)
+        raise Unreachable("gone after it was applied")
+
+    def well_again(all_servers, published):
+        fault(servers)
+        return stage_on(all_servers, published)
+
+    elsewhere = dataclasses.replace(engine._fleet._settings, attach=["elsewhere"])
+    monkeypatch.setattr(engine._fleet, "_settings", elsewhere)
+    monkeypatch.setattr(vllm_engine, "apply_on", applied_and_gone)
+    engine.update_policy(nudged(params, size=1e-2), version=1)
+    assert engine.take_metrics()["rollout/rollbacks"] == 1
+    after = run(engine, requests)
+    assert after == before and after["r0"][0].policy_versions == (0,)
+
+
 @pytest.mark.slow
 def test_two_refreshes_in_a_row_that_are_not_proven_stop_the_run(tmp_path):
     params = sharp(TIED)
@@ -239,7 +270,7 @@ def test_rollouts_sharpen_the_slope_and_old_weights_behind_a_new_name_stop_the_r
         # From now on prompts and rollouts come from the version before, though nothing says so.
         serving = engine._serving
         newer = nudged(params, size=8e-3)
-        engine._before, engine._serving = serving.params, dataclasses.replace(serving, params=newer)
+        engine._slope.follow(newer, serving.params, version=serving.published.version)
         run(engine, make_requests((5, 20, 30), num=8), temperature=1.0)
         with pytest.raises(RefreshError, match="rollout tokens towards their own version"):
             engine.update_policy(nudged(params, size=9e-3), version=4)

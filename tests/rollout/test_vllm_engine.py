@@ -1,5 +1,6 @@
 """The client of the servers, against a real HTTP server in another process that goes wrong on demand."""
 
+import dataclasses
 import shutil
 import threading
 import time
@@ -12,11 +13,13 @@ import pytest
 from selfemo_jax.model.adapters import adapted, init_adapters
 from selfemo_jax.model.decoder import Compute
 from selfemo_jax.model.sharding import make_mesh
+from selfemo_jax.rollout import fleet, vllm_engine
 from selfemo_jax.rollout.engine import Request, RolloutError, Sampling
+from selfemo_jax.rollout.server_api import Unreachable
 from selfemo_jax.rollout.trainer_logprobs import TrainerLogprobs
-from selfemo_jax.settings.rollout import Rollout
+from selfemo_jax.settings.rollout import Rollout, Sidecar
 from tests.rollout.common import make_requests, run
-from tests.rollout.served import SERVED, fake_engine, fault, nudged, over, served_count, sharp
+from tests.rollout.served import SERVED, fake_engine, fault, nudged, over, post, served_count, sharp
 
 SAMPLING = Sampling(max_tokens=12, temperature=1.0, stop_ids=(3,))
 
@@ -143,6 +146,68 @@ def test_unchanged_weights_are_not_sent_again(served, params):
     assert "sync/publish_s" not in engine.take_metrics()
     assert run(engine, make_requests((5,)))["r0"][0].policy_versions == (11,)
     engine.update_policy(params, version=4)
+
+
+@pytest.fixture
+def attached(served, monkeypatch):
+    """The shared server as one that someone else runs: it is given weights and never restarted."""
+    engine, servers = served
+    elsewhere = dataclasses.replace(engine._fleet._settings, attach=["elsewhere"])
+    monkeypatch.setattr(engine._fleet, "_settings", elsewhere)
+    return engine, servers
+
+
+def test_a_server_that_someone_else_started_again_is_given_its_weights_and_asked_again(attached):
+    engine, servers = attached
+    expected = ask(engine)
+    post(servers, "/update_weight_version", {"new_version": "default"})
+    assert ask(engine) == expected
+    metrics = engine.take_metrics()
+    assert metrics["rollout/restarts"] == 1 and "rollout/unversioned" not in metrics
+    assert servers.restarts == 0
+
+
+def test_a_server_that_dies_while_it_is_proven_again_is_brought_back_once_more(attached, monkeypatch):
+    engine, servers = attached
+    expected = ask(engine)
+    deaths = [Unreachable("gone"), Unreachable("gone again")]
+    real = vllm_engine.prove
+
+    def dying(*args, **kwargs):
+        if deaths:
+            raise deaths.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(vllm_engine, "prove", dying)
+    post(servers, "/update_weight_version", {"new_version": "default"})
+    assert ask(engine) == expected
+    assert engine.take_metrics()["rollout/restarts"] == 3
+
+
+def test_servers_that_answer_and_never_take_the_weights_are_given_up(monkeypatch, tmp_path):
+    asked = []
+
+    class Elsewhere:
+        urls, key = ("http://127.0.0.1:9",), "key"
+
+        def exit_reason(self):
+            return None
+
+        def close(self):
+            pass
+
+    def stage(servers, published):
+        asked.append(published)
+        raise Unreachable("no answer in time")
+
+    monkeypatch.setattr(fleet, "stage_on", stage)
+    found = fleet.Fleet(Elsewhere, Sidecar(attach=["x"], max_restarts=2), say=lambda text: None)
+    monkeypatch.setattr(found, "sick", tuple)
+    found.wait()
+    with pytest.raises(RolloutError, match="cannot be refreshed: no answer in time"):
+        found.bring_back(None, "lost")
+    assert len(asked) == 3
+    found.close()
 
 
 @pytest.mark.slow
