@@ -4,9 +4,9 @@
     python -m selfemo_jax.selfplay stats RUN
 
 The checkpoint is a run's, a converted or a Hugging Face folder. A dialogue is played as a harvest plays it,
-with the same rules of acceptance, until a reply is rejected or it carries `flywheel.max_depth` generated
-turns; `--flywheel.tau 0` lets it go on whatever the reward. `--bench 16,64,256` measures turns per second
-instead. `stats` measures the harvests that a training run left.
+with the same rules of acceptance but for the verifier, until a reply is rejected or it carries
+`flywheel.max_depth` generated turns; `--flywheel.tau 0` lets it go on whatever the reward. `--bench
+16,64,256` measures turns per second instead. `stats` measures the harvests that a training run left.
 """
 
 import functools
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from selfemo_jax.data.inputs import Sample
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_data import RunData, fixed_subset, load_data
 from selfemo_jax.run_inputs import encode_input
+from selfemo_jax.run_personas import with_personas
 from selfemo_jax.scoring import make_scorer
 from selfemo_jax.selfplay import stats
 from selfemo_jax.selfplay.flywheel import Candidate
@@ -49,47 +51,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] == "stats":
         return stats.main(words[1:])
     try:
-        config, command = load_config(
-            words,
-            prog="selfemo_jax.selfplay",
-            flags=FLAGS,
-            base=lambda command: find_checkpoint(command.extra["checkpoint"]).config_file,
-        )
-        flags = command.extra
-        if flags["num"] < 1:
-            raise ValueError(f"--num is {flags['num']}; expected 1 or more")
-        checkpoint = find_checkpoint(flags["checkpoint"])
-        config = checkpoint.settings(config)
-        parts, data = build_parts(config), load_data(config)
-        engine = make_engine(parts)
-        engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
-        samples = data.all_train() if flags["split"] == "train" else data.split(flags["split"])
-        play = functools.partial(
-            play_out,
-            engine,
-            codec=parts.codec,
-            scorer=make_scorer(config),
-            encode=functools.partial(encode_input, codec=parts.codec, config=config),
-            personas=known_personas(data, samples),
-            num_classes=data.num_classes,
-            seed=config.seed,
-        )
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        if parts.note:
-            console.print(f"note: {parts.note}", markup=False)
-        if flags["bench"]:
-            sizes = _sizes(flags["bench"])
-            pool = fixed_subset(samples, max(sizes), seed=config.seed, purpose="selfplay")
-            _bench(functools.partial(play, config=config), pool, sizes, config.rl.group_size, console)
-        else:
-            opening = fixed_subset(samples, flags["num"], seed=config.seed, purpose="selfplay")
-            out = Path(flags["out"] or checkpoint.out / "selfplay.jsonl")
-            _show(opening, play(opening, config=config), out, console, quiet=flags["quiet"])
-        engine.close()
+        with ExitStack() as stack:
+            _play(words, stack)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _play(words: Sequence[str], stack: ExitStack) -> None:
+    config, command = load_config(
+        words,
+        prog="selfemo_jax.selfplay",
+        flags=FLAGS,
+        base=lambda command: find_checkpoint(command.extra["checkpoint"]).config_file,
+    )
+    flags = command.extra
+    if flags["num"] < 1:
+        raise ValueError(f"--num is {flags['num']}; expected 1 or more")
+    checkpoint = find_checkpoint(flags["checkpoint"])
+    config = checkpoint.settings(config)
+    parts, data = build_parts(config), load_data(config)
+    if config.data.persona:
+        data = with_personas(config, data, split=flags["split"])
+    engine = stack.enter_context(closing(make_engine(parts)))
+    engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
+    samples = data.all_train() if flags["split"] == "train" else data.split(flags["split"])
+    play = functools.partial(
+        play_out,
+        engine,
+        codec=parts.codec,
+        scorer=make_scorer(config),
+        encode=functools.partial(encode_input, codec=parts.codec, config=config),
+        personas=known_personas(data, samples),
+        num_classes=data.num_classes,
+        seed=config.seed,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if parts.note:
+        console.print(f"note: {parts.note}", markup=False)
+    if flags["bench"]:
+        sizes = _sizes(flags["bench"])
+        pool = fixed_subset(samples, max(sizes), seed=config.seed, purpose="selfplay")
+        _bench(functools.partial(play, config=config), pool, sizes, config.rl.group_size, console)
+    else:
+        opening = fixed_subset(samples, flags["num"], seed=config.seed, purpose="selfplay")
+        out = Path(flags["out"] or checkpoint.out / "selfplay.jsonl")
+        _show(opening, play(opening, config=config), out, console, quiet=flags["quiet"])
 
 
 def known_personas(data: RunData, samples: Sequence[Sample]) -> dict[str, dict[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from selfemo_jax import evaluate
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import build_prompt, encode_history, normalise_reply
 from selfemo_jax.rollout.engine import Group
@@ -350,6 +351,16 @@ def test_the_command_plays_prints_and_writes_the_same_dialogues_twice(full, tmp_
 def test_the_command_refuses_what_it_cannot_do(words, message, capsys):
     assert command.main(["--checkpoint", str(micro.base_run()), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [command, evaluate])
+def test_a_run_with_personas_by_experts_is_not_looked_at_without_them(page, tmp_path, capsys):
+    words = ["--checkpoint", str(micro.base_run()), "--split", "test", "--run_dir", str(tmp_path)]
+    words += ["--persona.source", "expert", "--persona.scope", "history", "--persona.splits", "[test]"]
+    words += ["--data.persona", "true", "--eval.persona", "given"]
+    words += ["--expert.endpoints", '[{"name": "owl", "base_url": "http://127.0.0.1:9/v1", "model": "m"}]']
+    assert page.main(words) == 2
+    assert f"{tmp_path}/personas.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_nothing_that_was_said_steers_the_terminal():
