@@ -274,6 +274,11 @@ def _flywheel(config: Config) -> Iterator[str]:
         )
     if wheel.harvest == "replay":
         yield from _replayed_harvest(config)
+    if wheel.tau_low is not None and config.rollout.keep != "all":
+        yield (
+            f"flywheel.tau_low is {wheel.tau_low} and rollout.keep is {config.rollout.keep}: what every step "
+            "of RL earned must still be there; set rollout.keep to all, or flywheel.tau_low to null"
+        )
     if wheel.verifier.weights == "base" and config.model.path is None:
         yield (
             "flywheel.verifier.weights is base and model.path is null: a policy with random weights "

@@ -43,6 +43,7 @@ from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
+from selfemo_jax.selfplay.no_signal import without_signal
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.selfplay.recorded import RecordedTurn
 from selfemo_jax.serving import run_engine
@@ -178,7 +179,12 @@ class Run:
 
     def inputs(self, phase: Phase) -> dict[str, tuple[Sample, ...]]:
         """The phase's buffer by source."""
-        return run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
+        found = run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
+        synthetic, tau_low = found.pop(run_inputs.SYNTHETIC, ()), self.config.flywheel.tau_low
+        kept = without_signal(synthetic, self.dir, self.plan, phase, tau_low=tau_low)
+        if len(kept) < len(synthetic):
+            self.log.say(f"{phase.name}: {len(synthetic) - len(kept)} synthetic inputs taught nothing before")
+        return found | ({run_inputs.SYNTHETIC: kept} if kept else {})
 
     def examples(self, phase: Phase) -> dict[str, tuple[Any, ...]]:
         """The phase's supervised examples by source, or with `cold_start.rows: dialogues` those of each

@@ -135,6 +135,9 @@ class Flywheel:
     """Synthetic inputs kept per iteration at most."""
     tau: Share = 0.5
     """Least r1 of an accepted rollout."""
+    tau_low: Share | None = None
+    """Synthetic inputs are left out once RL asked them and the mean r1 of their group stayed below this, or
+    all their answers were right; null: they stay. Needs `rollout.keep: all`."""
     select: Literal["reward", "acceptable"] = "reward"
     """Which rollout of a group is judged. reward: the best, whatever its reply; acceptable: the best of those
     whose reply passes every rule, for policies that often say a single word."""
