@@ -68,6 +68,21 @@ class SideProcess:
         self._log.close()
 
 
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
+}
+"""glibc's names for what `selfemo_jax/allocator.py` sets inside a run of ours."""
+
+
+def allocator(chosen: Mapping[str, str], *, platform: str) -> dict[str, str]:
+    """What every side's environment gets, so that none keeps freed memory alone; nothing where the
+    environment or the settings choose an allocator, or a GPU computes."""
+    has_gpu = platform != "cpu" and Path("/proc/driver/nvidia").exists()
+    return {} if worker.allocator_of(chosen) or has_gpu else dict(ALLOCATOR)
+
+
 def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int, tools: Path) -> SideProcess:
     """Start ``jax``, ``torch`` or ``trl``; ``tools`` is the folder that holds torch_side."""
     cores = settings.cores or ",".join(map(str, sorted(os.sched_getaffinity(0))))
@@ -80,6 +95,7 @@ def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch_cache"),
     }
+    env |= allocator(env | settings.env, platform=settings.platform)
     pinned = ["taskset", "-c", cores] if settings.cores else []
     log = folder / f"{side}.log"
     if side == "jax":

@@ -13,8 +13,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     peak = result["peak"]
     for side, found in result["sides"].items():
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        memory = "".join(f"; {name}={value}" for name, value in found.get("allocator", {}).items())
         console.print(
-            f"{side}: {found['num_devices']} x {found['device']}, {found['cores']} cores; {versions}"
+            f"{side}: {found['num_devices']} x {found['device']}, {found['cores']} cores; {versions}{memory}"
         )
     before, after = (result["load"][when][0] for when in ("before", "after"))
     changed = " with changes" if result["dirty"] else ""

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 
@@ -68,7 +68,7 @@ def serve(side: Side, *, commands: Any, answers: Any) -> None:
 def _answer(side: Side, contestants: dict[str, Contestant], request: dict[str, Any]) -> dict[str, Any]:
     command = request["command"]
     if command == "describe":
-        return side.describe()
+        return side.describe() | {"allocator": allocator_of(os.environ)}
     name = request["name"]
     if command == "open":
         began = time.perf_counter()
@@ -86,6 +86,15 @@ def _answer(side: Side, contestants: dict[str, Contestant], request: dict[str, A
         gc.collect()
         return {"peak_bytes": side.peak_bytes(), "peak_host_bytes": peak_host_bytes()}
     raise ValueError(f"unknown command {command!r}")
+
+
+def allocator_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which an environment chooses or sets the C library's allocator."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in ("GLIBC_TUNABLES", "LD_PRELOAD") or name.startswith("MALLOC_")
+    }
 
 
 def timed(run: Callable[[], dict[str, float]]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 
 import pytest
 
+from selfemo_jax.bench import process
 from selfemo_jax.bench.driver import points
+from selfemo_jax.bench.process import ALLOCATOR
 from selfemo_jax.bench.settings import MODELS, BenchSettings, add_flags, flag_overrides, read_settings
+from selfemo_jax.bench.worker import allocator_of
 from selfemo_jax.config_io import config_folder
 
 
@@ -52,6 +56,26 @@ def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
 def test_what_cannot_be_run_is_named(settings, words):
     with pytest.raises(ValueError, match=words):
         read_settings(None, settings)
+
+
+@pytest.mark.parametrize(
+    ("outside", "env", "expected"),
+    [
+        ({}, {}, ALLOCATOR),
+        ({"GLIBC_TUNABLES": "x=1"}, {}, {"GLIBC_TUNABLES": "x=1"}),
+        ({}, {"MALLOC_ARENA_MAX": "4"}, {"MALLOC_ARENA_MAX": "4"}),
+    ],
+)
+def test_every_side_gets_the_same_allocator(tmp_path, monkeypatch, outside, env, expected):
+    for name in allocator_of(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in outside.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process, "SideProcess", lambda commands, envs, log: envs)
+    settings = BenchSettings(platform="cpu", env=env)
+    for side in ("jax", "torch", "trl"):
+        (found,) = process.start_side(side, settings, tmp_path, devices=1, tools=tmp_path)
+        assert allocator_of(found) == expected, side
 
 
 def test_every_flag_is_explained():

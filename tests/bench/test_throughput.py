@@ -42,6 +42,7 @@ def test_both_sides_update_alike_and_are_timed_in_turns(tmp_path, capsys):
     assert ratio["min"] == pytest.approx(min(by_round))
     assert {"torch", "transformers"} <= set(found["sides"]["torch"]["versions"])
     assert found["sides"]["jax"]["num_devices"] == 1
+    assert found["sides"]["jax"]["allocator"] == found["sides"]["torch"]["allocator"] != {}
     assert "How many times as fast as PyTorch" in capsys.readouterr().out
 
 
