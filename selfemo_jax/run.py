@@ -23,7 +23,7 @@ from selfemo_jax.config import Config, Optim
 from selfemo_jax.data.curriculum import difficulties, root_of
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
-from selfemo_jax.distributed import alone, any_of, is_first
+from selfemo_jax.distributed import alone, any_of, from_first, is_first
 from selfemo_jax.lengths import report_lengths
 from selfemo_jax.model.adapters import base_of
 from selfemo_jax.model.decoder import Params
@@ -43,7 +43,7 @@ from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
-from selfemo_jax.selfplay.no_signal import without_signal
+from selfemo_jax.selfplay.no_signal import inputs_without_signal
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.selfplay.recorded import RecordedTurn
 from selfemo_jax.serving import run_engine
@@ -181,10 +181,14 @@ class Run:
         """The phase's buffer by source."""
         found = run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
         synthetic, tau_low = found.pop(run_inputs.SYNTHETIC, ()), self.config.flywheel.tau_low
-        kept = without_signal(synthetic, self.dir, self.plan, phase, tau_low=tau_low)
-        if len(kept) < len(synthetic):
-            self.log.say(f"{phase.name}: {len(synthetic) - len(kept)} synthetic inputs taught nothing before")
-        return found | ({run_inputs.SYNTHETIC: kept} if kept else {})
+        if tau_low is not None:
+            dropped = from_first(
+                lambda: inputs_without_signal(synthetic, self.dir, self.plan, phase, tau_low=tau_low),
+                channel="signal",
+            )
+            synthetic = tuple(sample for sample in synthetic if sample.id not in set(dropped))
+            self.log.say(f"{phase.name}: {len(dropped)} synthetic inputs taught nothing before")
+        return found | ({run_inputs.SYNTHETIC: synthetic} if synthetic else {})
 
     def examples(self, phase: Phase) -> dict[str, tuple[Any, ...]]:
         """The phase's supervised examples by source, or with `cold_start.rows: dialogues` those of each

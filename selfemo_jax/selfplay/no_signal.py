@@ -12,34 +12,26 @@ from pathlib import Path
 import numpy as np
 
 from selfemo_jax.data.inputs import Sample
-from selfemo_jax.distributed import from_first
 from selfemo_jax.phases import Phase, last_steps, record_of
 from selfemo_jax.rollout.records import step_file
 
 
-def without_signal(
-    samples: Sequence[Sample], run_dir: Path, plan: tuple[Phase, ...], phase: Phase, *, tau_low: float | None
-) -> tuple[Sample, ...]:
-    """The inputs less those that the RL of earlier iterations asked in vain; all for ``tau_low`` None.
+def inputs_without_signal(
+    samples: Sequence[Sample], run_dir: Path, plan: tuple[Phase, ...], phase: Phase, *, tau_low: float
+) -> list[str]:
+    """Ids of the inputs that the RL of earlier iterations asked in vain.
 
     Only finished phases count, so that a phase has the same inputs however often it is taken up again, and a
     harvest those of the RL before it.
     """
-    if tau_low is None:
-        return tuple(samples)
     earlier = [p for p in plan[: phase.index] if p.kind == "rl" and p.iteration < phase.iteration]
+    steps = [
+        step
+        for p in earlier
+        for step in last_steps(run_dir, plan, p.name, most=record_of(run_dir, p)["steps"])
+    ]
     ids = {sample.id for sample in samples}
-
-    def found() -> list[str]:
-        steps = [
-            step
-            for p in earlier
-            for step in last_steps(run_dir, plan, p.name, most=record_of(run_dir, p)["steps"])
-        ]
-        return asked_in_vain(group_rewards(run_dir, steps), ids, tau_low=tau_low)
-
-    vain = set(from_first(found, channel="vain"))
-    return tuple(sample for sample in samples if sample.id not in vain)
+    return asked_in_vain(group_rewards(run_dir, steps), ids, tau_low=tau_low)
 
 
 def asked_in_vain(

@@ -9,7 +9,7 @@ import pytest
 from selfemo_jax import phases
 from selfemo_jax import run as runs
 from selfemo_jax.rollout.records import step_file
-from selfemo_jax.selfplay.no_signal import asked_in_vain, without_signal
+from selfemo_jax.selfplay.no_signal import asked_in_vain, inputs_without_signal
 from tests.fabricated import sample, settings, synthetic
 from tests.test_phases import planned
 
@@ -63,18 +63,19 @@ def test_every_pass_must_have_been_in_vain(groups, useless):
 
 def test_what_rl_asked_in_vain_is_left_out_of_the_next_iteration_alone(run):
     def kept(phase, tau_low=0.1):
-        return without_signal(INPUTS, run, PLAN, phase, tau_low=tau_low)
+        found = inputs_without_signal(INPUTS, run, PLAN, phase, tau_low=tau_low)
+        return [one for one in INPUTS if one.id not in found]
 
     # The harvest judges what its own RL phase was given.
-    assert kept(RL_2) == kept(HARVEST_2) == kept(FINAL, tau_low=None) == tuple(INPUTS)
-    assert kept(FINAL) == tuple(INPUTS[2:])
-    assert kept(FINAL, tau_low=0.4) == (INPUTS[3],)
+    assert kept(RL_2) == kept(HARVEST_2) == INPUTS
+    assert kept(FINAL) == INPUTS[2:]
+    assert kept(FINAL, tau_low=0.4) == [INPUTS[3]]
 
 
 def test_a_missing_record_is_named(run):
     step_file(run, 5, "jsonl").unlink()
     with pytest.raises(ValueError, match="step_000005.jsonl is missing; it needs the rollouts of every step"):
-        without_signal(INPUTS, run, PLAN, FINAL, tau_low=0.1)
+        inputs_without_signal(INPUTS, run, PLAN, FINAL, tau_low=0.1)
 
 
 def test_settings_that_throw_records_away_are_refused():
