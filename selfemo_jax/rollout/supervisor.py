@@ -85,15 +85,14 @@ def start_sidecar(
     if max_model_len is not None:
         arguments += ["--max_model_len", str(max_model_len)]
     key = secrets.token_urlsafe(32)
-    width = settings.tensor_parallel
+    width, devices = settings.tensor_parallel, _devices(settings, needed)
     replicas = [
         _Replica(
             name=f"vLLM server {index + 1} of {settings.replicas}",
             command=(str(python), str(SERVER), *arguments),
             key=key,
             log=logs / f"vllm-{index}.log",
-            devices=tuple(settings.devices[index * width : (index + 1) * width])
-            or (tuple(range(index * width, (index + 1) * width)) if needed > 1 else ()),
+            devices=devices[index * width : (index + 1) * width],
         )
         for index in range(settings.replicas)
     ]
@@ -163,7 +162,7 @@ class _Replica:
     command: tuple[str, ...]
     key: str
     log: Path
-    devices: tuple[int, ...]
+    devices: tuple[str, ...]
     port: int = 0
     process: subprocess.Popen | None = None
 
@@ -175,7 +174,7 @@ class _Replica:
         self.port = self.port if self.port and _is_free(self.port) else _free_port()
         environment = os.environ | {KEY_VARIABLE: self.key, "SELFEMO_PARENT_PID": str(os.getpid())}
         if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
         with self.log.open("ab") as log:
             log.write(f"\n==== {time.strftime('%F %T')} {self.name}, port {self.port}\n".encode())
             log.flush()
@@ -328,6 +327,23 @@ class Sidecar:
         deadline = time.monotonic() + limit
         for replica in started:
             replica.wait_healthy(deadline, limit)
+
+
+def _devices(settings: Settings, needed: int) -> tuple[str, ...]:
+    """The GPUs of all servers, one after another; none where a single server takes what it finds."""
+    if settings.devices:
+        return tuple(map(str, settings.devices))
+    if needed == 1:
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # -1 hides all: servers on a CPU then, to which the variable says nothing.
+    named = [] if "-1" in visible else [name.strip() for name in visible.split(",") if name.strip()]
+    if named and len(named) < needed:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}; {settings.replicas} replicas x tensor_parallel "
+            f"{settings.tensor_parallel} need {needed} GPUs; name them in rollout.sidecar.devices"
+        )
+    return tuple(named[:needed] or map(str, range(needed)))
 
 
 def _free_port() -> int:

@@ -20,7 +20,8 @@ class Sidecar:
     tensor_parallel: Count = 1
     """Devices over which each server splits the policy."""
     devices: list[int] = field(default_factory=list)
-    """GPUs of the servers, replicas x tensor_parallel of them, as in [4, 5, 6, 7]; empty: the first ones."""
+    """GPUs of the servers, replicas x tensor_parallel of them, as in [4, 5, 6, 7]; empty: the first of those
+    that the trainer sees."""
     memory_share: Share = 0.85
     """Share of each GPU's memory that a server takes; lower it where the trainer uses the same GPU."""
     cpu_cache_gb: Count = 1

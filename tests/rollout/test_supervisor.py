@@ -296,6 +296,19 @@ def test_replicas_get_devices_of_their_own(options):
         start_sidecar(**options(replicas=2, tensor_parallel=2, devices=[4, 5, 6]))
 
 
+@pytest.mark.parametrize(
+    ("visible", "given"),
+    [("4,5, 6", ("4", "5")), ("GPU-a,GPU-b", ("GPU-a", "GPU-b")), ("", ("0", "1")), ("-1", ("0", "1"))],
+)
+def test_replicas_without_devices_get_the_first_of_those_that_the_trainer_sees(monkeypatch, visible, given):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert supervisor._devices(Settings(replicas=2), 2) == given
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert supervisor._devices(Settings(), 1) == ()
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES is '3'.* need 2 GPUs"):
+        supervisor._devices(Settings(replicas=2), 2)
+
+
 def test_an_attached_server_is_watched_and_never_ended(sidecar):
     other = attach(sidecar.urls, sidecar.key)
     assert other.urls == sidecar.urls and other.key == sidecar.key
