@@ -172,14 +172,12 @@ def _opened(config: Config, command: Command):
         config = checkpoint.settings(config)
         parts = build_parts(config)
         engine = make_engine(parts)
-        engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
-        yield (
-            policy_answers(engine, parts.codec, config),
-            config,
-            Path(flags["out"] or checkpoint.out),
-            parts.note,
-        )
-        engine.close()
+        try:
+            engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
+            out = Path(flags["out"] or checkpoint.out)
+            yield policy_answers(engine, parts.codec, config), config, out, parts.note
+        finally:
+            engine.close()
     elif flags["yardsticks"]:
         yield None, config, Path(flags["out"] or Path("runs") / "yardsticks"), config.note
     else:

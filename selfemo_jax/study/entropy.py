@@ -216,11 +216,11 @@ def inputs_of(run_dir: Path, config: Config, split: str) -> tuple[Sample, ...]:
     """The inputs of a labelled split, or the accepted synthetic ones that the run held out by root
     dialogue."""
     from selfemo_jax.phases import plan
-    from selfemo_jax.run_data import load_data
     from selfemo_jax.run_inputs import synthetic_inputs
+    from selfemo_jax.study import replies
 
     if split != SELFEMO:
-        return load_data(config).split(split)
+        return replies.inputs_of(config, split)
     records = read_jsonl(run_dir / "flywheel.jsonl", hint="this run has no harvest; name a labelled --split")
     _, held = synthetic_inputs(plan(config)[-1], records, config)
     if not held:

@@ -31,6 +31,7 @@ from selfemo_jax.checkpoint import find_checkpoint
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
 from selfemo_jax.parts import build_parts, make_engine, weights_of
+from selfemo_jax.run_biographies import with_biographies
 from selfemo_jax.run_data import load_data
 from selfemo_jax.scores import greedy_answers
 from selfemo_jax.study.same_settings import check_made_by
@@ -105,7 +106,7 @@ def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, np.ndarray | 
     cold = next(iter(sorted((run_dir / "phases").glob("*_cold"))), None)
     if cold is None:
         raise ValueError(f"{run_dir}: no cold start to compare with; set cold_start.source")
-    parts, data = build_parts(config), load_data(config)
+    parts, data = build_parts(config), with_biographies(config, load_data(config))
     samples = [sample for split in splits for sample in data.split(split)]
     inventories = [sample.inventory for sample in samples]
     gold = gold_to_array([s.gold for s in samples], inventories, num_classes=data.num_classes)

@@ -4,7 +4,7 @@
 
 Both are checkpoints: a run (its best policy), a phase's folder (``RUN/phases/00_cold``), a converted or a
 Hugging Face folder. Inputs are drawn by seed, not chosen for what was answered. Answers are greedy, each
-under the checkpoint's own settings, on the data of the first. ``replies.jsonl`` is what `study judge` reads.
+under the checkpoint's own settings. ``replies.jsonl`` is what `study judge` reads.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def answer_pairs(args: argparse.Namespace, first: Path, second: Path) -> tuple[l
 
     ValueError where the two were trained on inputs of different form: they could not be given the same.
     """
-    from selfemo_jax.run_data import fixed_subset, load_data
+    from selfemo_jax.run_data import fixed_subset
 
     if args.num < 1:
         raise ValueError(f"--num is {args.num}; expected 1 or more")
@@ -77,15 +77,17 @@ def answer_pairs(args: argparse.Namespace, first: Path, second: Path) -> tuple[l
                 f"data.{key} is {here} in {first} and {there} in {second}: compare policies that read "
                 "the same inputs"
             )
-    data = load_data(configs[0])
-    samples = fixed_subset(data.split(args.split), args.num, seed=args.seed, purpose="study/replies")
+    asked = [inputs_of(config, args.split) for config in (configs[0], *_reading_else(configs))]
+    drawn = [fixed_subset(found, args.num, seed=args.seed, purpose="study/replies") for found in asked]
+    if [sample.id for sample in drawn[0]] != [sample.id for sample in drawn[-1]]:
+        raise ValueError(f"the {args.split} split of {first} and of {second} holds different inputs")
     answers, notes = [], []
-    for config in configs:
+    for config, samples in zip(configs, (drawn[0], drawn[-1]), strict=True):
         found, note = answers_of(config, samples)
         answers.append(found)
         notes.append(note)
     pairs = []
-    for place, sample in enumerate(samples):
+    for place, sample in enumerate(drawn[0]):
         told = [config.eval.persona == "given" for config in configs]
         pairs.append(
             {
@@ -100,6 +102,20 @@ def answer_pairs(args: argparse.Namespace, first: Path, second: Path) -> tuple[l
             }
         )
     return pairs, joined_notes(notes)
+
+
+def inputs_of(config: Config, split: str) -> tuple[Sample, ...]:
+    """The labelled inputs of a split as a policy of these settings is given them, biographies told."""
+    from selfemo_jax.run_biographies import with_biographies
+    from selfemo_jax.run_data import load_data
+
+    return with_biographies(config, load_data(config)).split(split)
+
+
+def _reading_else(configs: Sequence[Config]) -> Sequence[Config]:
+    """The second settings where either tells biographies, which are those of its own training data."""
+    kinds = {config.output.biography for config in configs}
+    return () if kinds == {"none"} else configs[1:]
 
 
 def settings_of(checkpoint: Path, *, data_root: str | None, persona: str | None) -> Config:

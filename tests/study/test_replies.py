@@ -1,12 +1,18 @@
 """Replies of two checkpoints: the same inputs in both, drawn by seed, and pages that no reply can break."""
 
+import argparse
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from selfemo_jax import run_biographies, run_data
+from selfemo_jax.study import replies
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.replies import distinct_bigrams, example, read_pairs
 from tests import micro
+from tests.fabricated import sample, settings
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,35 @@ def test_the_page_shows_every_input_and_what_the_numbers_are(written):
     pairs, _ = read_pairs(written / "replies.jsonl")
     assert micro.NOTE in page
     assert all(f"### {pair['id']}" in page for pair in pairs)
+
+
+def test_each_policy_is_asked_with_the_biographies_of_its_own_run(monkeypatch):
+    """What another policy was told of a speaker would be no prompt of this one."""
+    configs = {
+        name: settings(run_dir=name, output={"biography": kind})
+        for name, kind in (("plain", "none"), ("told", "train_lines"), ("other", "train_lines"))
+    }
+    loaded, asked = [], []
+
+    def load(config):
+        loaded.append(config.run_dir)
+        inputs = tuple(sample(n, gold={"joy": 1.0}, about=config.run_dir) for n in range(3))
+        return SimpleNamespace(split=lambda name: inputs)
+
+    def answer(config, samples):
+        asked.append({one.about for one in samples})
+        return [{} for _ in samples], ""
+
+    monkeypatch.setattr(replies, "settings_of", lambda path, **_: configs[path.name])
+    monkeypatch.setattr(run_data, "load_data", load)
+    monkeypatch.setattr(run_biographies, "with_biographies", lambda config, data: data)
+    monkeypatch.setattr(replies, "answers_of", answer)
+    args = argparse.Namespace(num=2, data_root=None, persona=None, split="dev", seed=0)
+    for first, second in (("plain", "told"), ("told", "other"), ("plain", "plain")):
+        loaded.clear(), asked.clear()
+        pairs, _ = replies.answer_pairs(args, Path(first), Path(second))
+        assert len(pairs) == 2 and asked == [{first}, {second}]
+        assert loaded == [first] if first == second else loaded == [first, second]
 
 
 def test_a_reply_is_text_in_the_page():
