@@ -39,6 +39,9 @@ class EndpointAnswers:
         environment."""
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ValueError(f"--endpoint {url}: expected an address such as http://127.0.0.1:8000/v1")
+        if "@" in urlsplit(url).netloc:
+            # The address stands beside every score.
+            raise ValueError("--endpoint: the address holds a name or password; give a key by --key_env")
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._path = config, folder / f"{NAME}_answers.jsonl"
         template = next(iter(config.expert.endpoints), Endpoint(name=NAME))

@@ -77,6 +77,9 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monk
 def test_an_address_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected an address"):
         opened(tmp_path, "127.0.0.1:8000")
+    with pytest.raises(ValueError, match="--key_env") as refused:
+        opened(tmp_path, "http://me:secret@127.0.0.1:8000/v1")
+    assert "secret" not in str(refused.value)
     assert folder_name("M/one two") == "M_one_two" and folder_name("///") == "endpoint"
 
 
