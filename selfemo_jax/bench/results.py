@@ -14,6 +14,11 @@ from selfemo_jax.model import flops as flop_counts
 
 Row = dict[str, Any]
 FORMAT = 1
+SAME_WORK = (
+    "model", "dtype", "groups", "group_size", "prompt", "completion", "row_tokens", "prefix_row_tokens",
+    "micro_tokens", "logits_budget_mib", "remat", "seed",
+)  # fmt: skip
+"""Settings in which two results must agree to be compared."""
 
 
 def measured(phase: str, seconds: Sequence[float], *, tokens: int | None, flops: float | None) -> Row:
@@ -45,10 +50,13 @@ def assemble(
     load: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The whole result; each row gains its MFU, and decoding on a GPU its share of the memory floor."""
+    # Several devices of a CPU are the same cores, whose peak was measured with all of them.
+    on_cpu = all(side["platform"] == "cpu" for side in sides.values())
     for row in rows:
         if row["flops"] is not None and row["median_s"] > 0:
+            num_devices = 1 if on_cpu else row["devices"]
             row["mfu"] = flop_counts.mfu(
-                row["flops"], row["median_s"], peak=peak["flops_per_s"], num_devices=row["devices"]
+                row["flops"], row["median_s"], peak=peak["flops_per_s"], num_devices=num_devices
             )
         if row["phase"] == "decode" and "bytes_per_s" in peak:
             row["floor_share"] = decode_floor(settings, row) / peak["bytes_per_s"] / row["median_s"]
@@ -74,13 +82,14 @@ def assemble(
 
 
 def decode_floor(settings: BenchSettings, row: Row) -> float:
-    """Bytes that all steps of a decode must read: weights and caches, prompts once for a group."""
+    """Bytes that a device must read in all steps of a decode: weights whole, and the caches of its groups,
+    prompts once for a group."""
     sizes = dataclasses.replace(settings, **row["point"])
     total = 0.0
     for sampled in range(1, sizes.completion):
         total += flop_counts.decode_bytes(
             settings.model_config,
-            prompts=[sizes.prompt] * sizes.groups,
+            prompts=[sizes.prompt] * -(-sizes.groups // row["devices"]),
             group_size=sizes.group_size,
             sampled=float(sampled),
             itemsize=2 if settings.dtype == "bfloat16" else 4,
@@ -110,7 +119,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "median": statistics.median(by_round), "min": min(by_round), "max": max(by_round),
                 "fastest_torch": bool(theirs) and label == theirs[0]["label"],
             }  # fmt: skip
-            if "cpu_seconds" in ours and "cpu_seconds" in row:
+            # Several devices of PyTorch are as many processes, and one of them counts its own seconds.
+            if "cpu_seconds" in ours and "cpu_seconds" in row and row["devices"] == 1:
                 cpu = [b / a for a, b in zip(ours["cpu_seconds"], row["cpu_seconds"], strict=False)]
                 one["cpu_median"] = statistics.median(cpu)
             found.append(one)
@@ -154,11 +164,7 @@ def compare(
     compared."""
     if old.get("format") != FORMAT:
         raise ValueError(f"--compare: format {old.get('format')!r}; this version writes and reads {FORMAT}")
-    settings_differ = [
-        name
-        for name in ("model", "dtype", "groups", "group_size", "prompt", "completion", "row_tokens", "remat")
-        if old["settings"][name] != new["settings"][name]
-    ]
+    settings_differ = [name for name in SAME_WORK if old["settings"][name] != new["settings"][name]]
     if settings_differ:
         raise ValueError(f"--compare: the two differ in {', '.join(settings_differ)}; run the same settings")
     if by != "ratio":

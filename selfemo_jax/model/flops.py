@@ -8,6 +8,7 @@ counted. Shape letters: B rows, T tokens, V vocabulary, D model, F MLP, N query 
 head size, L layers.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -128,19 +129,23 @@ class Device:
 
 
 DEVICES = {
+    "H200 NVL": Device(flops=835e12, bandwidth=4.8e12),
     "H200": Device(flops=989e12, bandwidth=4.8e12),
     "H100 PCIe": Device(flops=756e12, bandwidth=2.0e12),
+    "H100 NVL": Device(flops=835e12, bandwidth=3.9e12),
     "H100": Device(flops=989e12, bandwidth=3.35e12),
     "A100": Device(flops=312e12, bandwidth=2.0e12),
     "L40S": Device(flops=362e12, bandwidth=0.864e12),
     "L4": Device(flops=121e12, bandwidth=0.3e12),
 }
-"""By the part of the name that a driver gives; the vendor's data sheets, without sparsity."""
+"""By whole words of the name that a driver gives, the first that fits; the vendor's data sheets, without
+sparsity."""
 
 
 def known_device(kind: str) -> Device | None:
     """The peak of a device by its driver's name (``NVIDIA H200``); None where it is not in the table."""
-    return next((device for name, device in DEVICES.items() if name in kind), None)
+    found = (device for name, device in DEVICES.items() if re.search(rf"\b{name}\b", kind))
+    return next(found, None)
 
 
 def _exact(config: ModelConfig, tokens: int) -> float:

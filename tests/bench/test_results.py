@@ -6,9 +6,10 @@ import pytest
 
 from selfemo_jax.bench.contestants import Contestant, contestants
 from selfemo_jax.bench.driver import Disagreement, Driver, _Opened
-from selfemo_jax.bench.results import assemble, compare, growth, measured, ratios
+from selfemo_jax.bench.results import assemble, compare, decode_floor, growth, measured, ratios
 from selfemo_jax.bench.settings import BenchSettings
 from selfemo_jax.bench.show import plot, show, show_changes
+from selfemo_jax.model.flops import matmul_weights
 
 SIDE = {"device": "cpu", "num_devices": 1, "cores": 2, "platform": "cpu", "versions": {"x": "1"}}
 
@@ -72,6 +73,23 @@ def test_a_decode_below_the_noise_has_no_rate_and_no_ratio():
 
 def test_mfu_is_by_the_median():
     assert result(copy.deepcopy(ROWS))["rows"][0]["mfu"] == pytest.approx(2e9 / 1e10)
+
+
+def test_devices_of_a_cpu_share_its_peak_and_those_of_pytorch_their_cpu_seconds():
+    rows = [row(side, side, "separate", [1.0, 1.0]) | {"devices": 2} for side in ("jax", "torch")]
+    found = result(rows)
+    assert [one["mfu"] for one in found["rows"]] == [pytest.approx(2e9 / 1e10)] * 2
+    assert "cpu_median" not in found["ratios"][0]
+
+
+def test_the_floor_of_a_decode_is_that_of_one_device():
+    settings = BenchSettings(model="tiny", groups=4, group_size=2, prompt=10, completion=3)
+    weights = matmul_weights(settings.model_config)
+    # 2 layers, 1 head of 16, keys and values: 64 numbers a position; two steps with 1 and 2 tokens sampled.
+    for devices, groups in ((1, 4), (2, 2)):
+        positions = 2 * groups * 10 + groups * 2 * (1 + 2)
+        expected = 4 * (2 * weights + 64 * positions)
+        assert decode_floor(settings, {"point": {}, "devices": devices}) == expected
 
 
 def test_growth_is_the_exponent_and_takes_the_unswept_point_along():

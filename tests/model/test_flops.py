@@ -162,4 +162,9 @@ def test_a_decode_step_reads_weights_and_caches():
 def test_devices_are_known_by_their_drivers_names():
     assert known_device("NVIDIA H200") == known_device("H200")
     assert known_device("NVIDIA H100 PCIe") != known_device("NVIDIA H100 80GB HBM3")
+    assert known_device("NVIDIA A100-SXM4-80GB") == known_device("A100")
+    nvl = known_device("NVIDIA H100 NVL")
+    assert nvl is not None and nvl.flops == 835e12
+    # Not an L4, though its name begins like one.
+    assert known_device("NVIDIA L40") is None and known_device("NVIDIA L4") is not None
     assert known_device("cpu") is None
