@@ -187,7 +187,8 @@ class Run:
                 channel="signal",
             )
             synthetic = tuple(sample for sample in synthetic if sample.id not in set(dropped))
-            self.log.say(f"{phase.name}: {len(dropped)} synthetic inputs taught nothing before")
+            if dropped:
+                self.log.say(f"{phase.name}: {len(dropped)} synthetic inputs taught nothing before")
         return found | ({run_inputs.SYNTHETIC: synthetic} if synthetic else {})
 
     def examples(self, phase: Phase) -> dict[str, tuple[Any, ...]]:

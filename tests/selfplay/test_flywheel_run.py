@@ -1,6 +1,7 @@
 """The flywheel inside a run: two harvests, SFT before RL, a stop by drift and a resume; the verifier."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -19,6 +20,8 @@ def test_two_iterations_with_a_stop_by_drift_and_a_resume(tmp_path, capsys):
         flywheel__drift__alarm=0.0,
         flywheel__drift__stop=0.0,
         flywheel__drift__least=1,
+        # Whatever was asked once is left out after.
+        flywheel__tau_low=1.0,
     )
     assert micro.run(tmp_path, *words) == 2
     assert "flywheel.drift.stop is 0.0" in capsys.readouterr().err
@@ -31,6 +34,8 @@ def test_two_iterations_with_a_stop_by_drift_and_a_resume(tmp_path, capsys):
         "06_sft_3",
         "07_rl_final",
     ]
+    said = re.findall(r"(\w+): \d+ synthetic inputs taught nothing before", capsys.readouterr().out)
+    assert said == ["rl_final"]
     for iteration, folder in ((1, "02_harvest_1"), (2, "05_harvest_2")):
         report = json.loads((tmp_path / "phases" / folder / "harvest.json").read_text())
         records = list(read_store(tmp_path / "flywheel.jsonl", iteration=iteration))
