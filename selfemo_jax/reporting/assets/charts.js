@@ -165,8 +165,14 @@ function shortNames(metrics) {
   return parts.map((one) => one.slice(from, one.length - until).join("/") || "all");
 }
 
-function plotCurves(box, metrics, runs) {
-  const single = runs.length === 1, names = shortNames(metrics);
+// The mean over sets last, so that a set has the same colour in every chart.
+function meanLast(metrics) {
+  const mean = shortNames(metrics).indexOf("all");
+  return mean < 0 ? metrics : [...metrics.filter((_, place) => place !== mean), metrics[mean]];
+}
+
+function plotCurves(box, given, runs) {
+  const metrics = meanLast(given), single = runs.length === 1, names = shortNames(metrics);
   const series = [{ label: "step", value: (_, value) => value === null ? "last" : short(Math.round(value)) }], tables = [];
   runs.forEach((run, place) => {
     const [[steps, ...values], begins] = tableOf(run, metrics);
