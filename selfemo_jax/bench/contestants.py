@@ -107,6 +107,10 @@ def _torch(
     caches = [("dynamic", False), ("static", False)]
     if settings.platform != "cpu" and len(attentions) > 1:
         caches.append(("static", True))
+    if phase == "rl_step":
+        # Its scores and updates compile anywhere.
+        caches.append(("dynamic", True))
+    caches = [(cache, compiled) for cache, compiled in caches if compiled in compiles or not compiled]
     return [
         Contestant(
             side="torch", phase=phase, layout="", compile=compiled, cache=cache,

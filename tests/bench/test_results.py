@@ -179,6 +179,9 @@ def test_torch_takes_part_in_every_way_that_fits():
     assert [one.side for one in alone] == ["jax"]
     steps = contestants("rl_step", BenchSettings(), attentions=("sdpa",), trl=True)
     assert {one.side for one in steps} == {"jax", "torch", "trl"}
+    assert {one.compile for one in steps if one.side == "torch"} == {False, True}
+    plain = contestants("rl_step", BenchSettings(torch_compile="off"), attentions=("sdpa",), trl=True)
+    assert not any(one.compile for one in plain)
 
 
 def test_tables_and_a_picture_come_of_a_result(tmp_path):

@@ -94,15 +94,19 @@ def copy_weights(source: Any, target: Any) -> None:
 
 
 def step_run(case: dict[str, Any], device: torch.device) -> Callable[[], dict[str, float]]:
-    """Sample with the policy itself, reward, advantages, reference log-probs, one update: no refresh."""
+    """Sample, reward, advantages, reference log-probs, one update. In bfloat16 a copy in that type samples
+    and is refreshed, since the policy's float32 weights are twice the bytes to read; else the policy itself
+    samples."""
     policy, reference = load_model(case, device), load_model(case, device).eval()
-    ask, take = Sampler(policy, case, device), Updater(policy, case)
+    copies = case["dtype"] == "bfloat16"
+    sampler = load_model(case, device, dtype=torch.bfloat16) if copies else policy
+    ask, take = Sampler(sampler, case, device), Updater(policy, case)
     score = Scorer(reference, case)
     size = case["group_size"]
 
     def run() -> dict[str, float]:
         began = time.perf_counter()
-        policy.eval()
+        sampler.eval()
         found = ask(size, case["completion"]).clone()
         policy.train()
         wait(device)
@@ -123,10 +127,15 @@ def step_run(case: dict[str, Any], device: torch.device) -> Callable[[], dict[st
         scored = time.perf_counter()
         values = take(micros)
         wait(device)
+        updated = time.perf_counter()
+        if copies:
+            copy_weights(policy, sampler)
+            wait(device)
         return {
             "rollout_s": sampled - began,
             "reference_s": scored - sampled,
-            "update_s": time.perf_counter() - scored,
+            "update_s": updated - scored,
+            "refresh_s": time.perf_counter() - updated,
             "step_loss": values["loss"],
             "tokens": found.numel(),
         }
