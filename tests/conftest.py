@@ -21,6 +21,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+# From here on the eight are there: commands under test ask for what they need where nobody did before.
+jax.devices()
 # Kept for the whole session: modules imported from here on check the shapes and types of their annotations.
 SHAPE_CHECKS = install_import_hook(
     ["selfemo_jax.algo", "selfemo_jax.model", "selfemo_jax.train_step"], "beartype.beartype"
