@@ -32,8 +32,11 @@ Dialogues = Mapping[str, tuple[tuple[Sample, ...], ...]]
 """Data set -> dialogues -> samples of their labelled lines."""
 
 
-def table_of(data: RunData, codec: TextCodec, config: Config) -> LabelTable:
-    """The table of the run's label sets."""
+def table_of(data: RunData, codec: TextCodec, config: Config) -> LabelTable | None:
+    """The table of the run's label sets; None where no phase uses it, as not every tokenizer can tell every
+    label apart by one token."""
+    if config.cold_start.rows != "dialogues" and not config.cold_start.labels.epochs:
+        return None
     inventories = {name: labels.labels for name, labels in data.label_sets.items()}
     return label_table(inventories, codec, thinking=config.model.thinking)
 

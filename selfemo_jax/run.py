@@ -13,37 +13,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfemo_jax import label_phase, run_inputs
+from selfemo_jax import label_phase, run_harvest, run_inputs
 from selfemo_jax import phases as plans
 from selfemo_jax.appendlog import AppendLog
 from selfemo_jax.cards import write_cards
 from selfemo_jax.checkpoint import StateStore
-from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config, Optim
-from selfemo_jax.data.curriculum import difficulties, root_of
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.pipeline import Batch
-from selfemo_jax.distributed import alone, any_of, from_first, is_first
-from selfemo_jax.lengths import report_lengths
+from selfemo_jax.distributed import alone, any_of, is_first
 from selfemo_jax.model.adapters import base_of
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, base_weights, compile_steps, weights_of
 from selfemo_jax.phases import Phase, Position
-from selfemo_jax.profiling import StepProfiler
 from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, rollout_stream, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset
-from selfemo_jax.run_harvest import Verifier, close_harvest, open_verifier, recorded_turn
 from selfemo_jax.run_hosts import SharedStore
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
+from selfemo_jax.run_steps import StepWatch
 from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
-from selfemo_jax.selfplay.no_signal import inputs_without_signal
 from selfemo_jax.selfplay.play import Turn, accepted_replies, records_of, turns
 from selfemo_jax.selfplay.recorded import RecordedTurn
 from selfemo_jax.serving import run_engine
@@ -67,18 +62,14 @@ class Run:
             stop_ids=parts.codec.stop_ids,
         )
         self.engine = run_engine(parts, self.dir, log.say)
-        self.global_step = 0
-        self._phase_step, self._total = 0, 0
+        self.global_step, self._phase_step, self._total = 0, 0, 0
         self._stop: str | None = None
         self._best: dict[str, Any] | None = None
         self._resumed: tuple[int, dict[str, Any]] | None = None
         self._steps: dict[Optim, Steps] = {}
         self._base: Params | None = None
-        self._started, self._step_started = time.monotonic(), time.perf_counter()
-        self._first_of_phase = True
-        self._item: tuple[int, Any] = (0, None)
-        self._compiles = CompileCounter()
-        self._profiler = StepProfiler(config.log.profile_steps if is_first() else None, self.dir / "profile")
+        self._started = time.monotonic()
+        self._watch = StepWatch(config, log)
         self._flywheel = SharedStore(self.dir / "flywheel.jsonl")
         self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"
@@ -90,15 +81,8 @@ class Run:
         dev = data.split(config.data.dev_split) if config.data.dev_split in data.evaluation else ()
         self._dev = fixed_subset(dev, config.eval.max_items, seed=config.seed, purpose="dev")
         self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
-        self.encode_example = functools.partial(run_inputs.encode_example, codec=parts.codec, config=config)
-        # Only where it is used: not every tokenizer can tell every label apart by one token.
-        by_dialogue = config.cold_start.rows == "dialogues"
-        needed = by_dialogue or config.cold_start.labels.epochs > 0
-        self._table = label_phase.table_of(data, parts.codec, config) if needed else None
-        if by_dialogue:
-            self.encode_example = functools.partial(
-                run_inputs.encode_dialogue, codec=parts.codec, config=config, table=self._table
-            )
+        self._table = label_phase.table_of(data, parts.codec, config)
+        self.encode_example = run_inputs.example_encoder(parts.codec, config, self._table)
 
     # What a run resumes from
 
@@ -133,7 +117,7 @@ class Run:
         return self.weights(phase.init), at
 
     def _enter(self, phase: Phase, total_steps: int, like: TrainState | None) -> tuple[TrainState | None, At]:
-        self._total, self._first_of_phase = total_steps, True
+        self._total = total_steps
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             plans.begin(self.dir, phase)
@@ -180,16 +164,7 @@ class Run:
     def inputs(self, phase: Phase) -> dict[str, tuple[Sample, ...]]:
         """The phase's buffer by source."""
         found = run_inputs.phase_inputs(phase, self.data, self._records(), self.config)
-        synthetic, tau_low = found.pop(run_inputs.SYNTHETIC, ()), self.config.flywheel.tau_low
-        if tau_low is not None:
-            dropped = from_first(
-                lambda: inputs_without_signal(synthetic, self.dir, self.plan, phase, tau_low=tau_low),
-                channel="signal",
-            )
-            synthetic = tuple(sample for sample in synthetic if sample.id not in set(dropped))
-            if dropped:
-                self.log.say(f"{phase.name}: {len(dropped)} synthetic inputs taught nothing before")
-        return found | ({run_inputs.SYNTHETIC: synthetic} if synthetic else {})
+        return run_harvest.teaching_inputs(found, self.dir, self.plan, phase, self.config, say=self.log.say)
 
     def examples(self, phase: Phase) -> dict[str, tuple[Any, ...]]:
         """The phase's supervised examples by source, or with `cold_start.rows: dialogues` those of each
@@ -213,15 +188,12 @@ class Run:
 
     def difficulty(self) -> Callable[[Any], float] | None:
         """How hard an item of a supervised phase is, where `cold_start.order` asks for a curriculum."""
-        if self.config.cold_start.order == "shuffled":
-            return None
-        hard = difficulties(self.data.dialogues)
-        return lambda item: hard[root_of(item)]
+        return run_inputs.item_difficulty(self.data, self.config)
 
     def turns(self, phase: Phase, *, done: int) -> Iterator[Turn]:
         """The turns of a harvest that are not over after ``done`` steps; each waits for the one before."""
         if self.config.flywheel.harvest == "replay":
-            recorded = recorded_turn(self.dir, self.plan, phase, self.inputs(phase), self.config)
+            recorded = run_harvest.recorded_turn(self.dir, self.plan, phase, self.inputs(phase), self.config)
             return (turn for turn in (recorded,) if turn.last > done)
         opening = run_inputs.opening_inputs(self.inputs(phase), self.config, seed=self.seed(phase))
         judged = functools.partial(self._records, iteration=phase.iteration)
@@ -246,9 +218,9 @@ class Run:
         threshold = self.config.flywheel.hygiene.near_duplicate
         return ReplyIndex(accepted_replies(self._records()), threshold=threshold)
 
-    def verifier(self) -> Verifier | None:
+    def verifier(self) -> run_harvest.Verifier | None:
         """The frozen recogniser that a harvest must convince, if the settings name one; of one phase."""
-        found = open_verifier(self.parts, self.weights, num_classes=self.data.num_classes)
+        found = run_harvest.open_verifier(self.parts, self.weights, num_classes=self.data.num_classes)
         return found and self._of_phase.enter_context(found)
 
     def _records(self, **which: Any) -> list[dict[str, Any]]:
@@ -257,21 +229,11 @@ class Run:
     # The end of a step, and of a phase
 
     def watch(self, phase: Phase, items: Iterator[Item], *, total: int | None = None) -> Iterator[Item]:
-        """The items, with progress towards ``total``; the wait for each is the time of the rollout."""
+        """The items, with progress towards ``total``, the phase's own number of steps by default."""
         self._total = self._total if total is None else total
-        waited = "data" if phase.kind in ("sft", "labels") else "rollout"
-        iterator = iter(items)
-        with self.log.phase(phase.name, total=self._total, done=self._phase_step):
-            while True:
-                self._step_started = time.perf_counter()
-                self._profiler.begin(self.global_step + 1)
-                try:
-                    with self.timer(waited):
-                        item = next(iterator)
-                except StopIteration:
-                    return
-                self._item = item
-                yield item
+        return self._watch.follow(
+            phase, items, total=self._total, done=self._phase_step, number=lambda: self.global_step + 1
+        )
 
     def record(self, rollouts: Rollouts, scored: Scored) -> None:
         """Write the step's rollouts: arrays for replay, text for people."""
@@ -320,7 +282,7 @@ class Run:
             log.flush()
         if phase.kind == "harvest":
             # Before the phase is marked: a harvest that may not be trained on is not done.
-            close_harvest(
+            run_harvest.close_harvest(
                 self._records(iteration=phase.iteration), self.data, self.config,
                 name=phase.name, folder=plans.phase_dir(self.dir, phase), log=self.log,
             )  # fmt: skip
@@ -347,18 +309,13 @@ class Run:
         iterator: Mapping[str, Any] | None,
     ) -> None:
         self._phase_step = step
-        seconds = time.perf_counter() - self._step_started
-        if folder := self._profiler.end(self.global_step, state):
-            self.log.say(f"profile of step {self.global_step} and before: {folder}")
-        tokens = metrics.get("batch/tokens", 0.0)
-        speed = {"time/step": seconds, "perf/tokens_per_s": tokens / seconds} | self._compiles.take()
-        speed |= getattr(self.engine, "take_metrics", dict)()
+        speed = (
+            self._watch.end(self.global_step, tokens=metrics.get("batch/tokens", 0.0), wait_for=state)
+            | getattr(self.engine, "take_metrics", dict)()
+        )
         self.log.step(self.global_step, {**metrics, **speed, "phase_step": step}, phase=phase.name)
-        if self._first_of_phase:
-            left = seconds * (self._total - step) / 60
-            self.log.say(f"{phase.name}: {self._total} steps, the rest takes at most {left:.1f} min")
-            report_lengths(self._item, phase, self.config, self.log)
-            self._first_of_phase = False
+        left = self._total - step
+        self._watch.forecast(phase, left=left, total=self._total, seconds=speed["time/step"])
         reason = self._why_stop()
         # A harvest's state is a few numbers, its steps are long.
         if reason or state is None or step % self.config.checkpoint.every == 0:
@@ -435,8 +392,7 @@ class Run:
 
     def close(self) -> None:
         """Finish the last write and release files and devices; errors of the write are raised."""
-        self._compiles.close()
-        self._profiler.close()
+        self._watch.close()
         self._flywheel.close()
         self._of_phase.close()
         self.engine.close()

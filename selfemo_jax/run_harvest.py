@@ -15,18 +15,44 @@ from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
-from selfemo_jax.distributed import is_first
+from selfemo_jax.distributed import from_first, is_first
 from selfemo_jax.model.decoder import Params
 from selfemo_jax.parts import Parts, weights_of
 from selfemo_jax.phases import BASE, Phase, last_steps
 from selfemo_jax.rollout.jax_engine import JaxEngine
 from selfemo_jax.run_data import RunData
+from selfemo_jax.run_inputs import SYNTHETIC
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scores import greedy_answers
 from selfemo_jax.selfplay.drift import check_drift, harvest_report
 from selfemo_jax.selfplay.flywheel import Verdict
+from selfemo_jax.selfplay.no_signal import inputs_without_signal
 from selfemo_jax.selfplay.recorded import RecordedTurn, newest_answers
 from selfemo_jax.selfplay.selection import choose, label_shares
+
+
+def teaching_inputs(
+    found: Mapping[str, tuple[Sample, ...]],
+    run_dir: Path,
+    plan: tuple[Phase, ...],
+    phase: Phase,
+    config: Config,
+    *,
+    say: Callable[[str], None],
+) -> dict[str, tuple[Sample, ...]]:
+    """The phase's inputs by source without the synthetic ones that taught nothing before, where
+    `flywheel.tau_low` asks for that."""
+    synthetic, tau_low = found.get(SYNTHETIC, ()), config.flywheel.tau_low
+    if tau_low is None or not synthetic:
+        return dict(found)
+    dropped = from_first(
+        lambda: inputs_without_signal(synthetic, run_dir, plan, phase, tau_low=tau_low), channel="signal"
+    )
+    if dropped:
+        say(f"{phase.name}: {len(dropped)} synthetic inputs taught nothing before")
+    kept = tuple(sample for sample in synthetic if sample.id not in set(dropped))
+    others = {name: samples for name, samples in found.items() if name != SYNTHETIC}
+    return others | ({SYNTHETIC: kept} if kept else {})
 
 
 class Verifier:

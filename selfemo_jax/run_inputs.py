@@ -3,11 +3,12 @@ both."""
 
 import functools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.curriculum import difficulties, root_of
 from selfemo_jax.data.inputs import Sample, shuffle_gold
 from selfemo_jax.data.label_rows import Answered, LabelTable
 from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
@@ -206,6 +207,14 @@ def example_dialogues(
     return found
 
 
+def example_encoder(codec: TextCodec, config: Config, table: LabelTable | None) -> Callable[[Any], Any]:
+    """`encode_example`, or with `cold_start.rows: dialogues` `encode_dialogue`."""
+    if config.cold_start.rows != "dialogues":
+        return functools.partial(encode_example, codec=codec, config=config)
+    assert table is not None
+    return functools.partial(encode_dialogue, codec=codec, config=config, table=table)
+
+
 def encode_dialogue(
     examples: Sequence[Example], codec: TextCodec, config: Config, *, table: LabelTable
 ) -> list[Answered]:
@@ -260,3 +269,11 @@ def _accepted(
                 examples.append((known[record["parent_id"]], tuple(record["completion_ids"])))
             known[child.id] = child
     return tuple(examples)
+
+
+def item_difficulty(data: RunData, config: Config) -> Callable[[Any], float] | None:
+    """How hard an item of a supervised phase is; None without a curriculum (`cold_start.order`)."""
+    if config.cold_start.order == "shuffled":
+        return None
+    hard = difficulties(data.dialogues)
+    return lambda item: hard[root_of(item)]
