@@ -62,6 +62,13 @@ def test_every_python_command_is_covered():
             assert found in known, f"{found}: no test runs {line!r}"
 
 
+def test_continuous_integration_runs_the_test_command_shown():
+    (line,) = [line for line in commands() if "pytest" in line]
+    assert line[line.index("python -m pytest") :] in (README.parent / ".ci" / "run").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_the_flags_shown_for_training_exist(capsys):
     words = [word.strip("[]") for line in of_program("selfemo_jax.train") for word in line.split()[1:]]
     refuses_nothing_it_shows(train, words, capsys)
