@@ -13,6 +13,8 @@ from selfemo_jax.distributed import local_share
 from selfemo_jax.model.sharding import make_mesh
 from selfemo_jax.xla_flags import with_applied
 
+THREADS_PER_DEVICE = 4
+
 
 def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
     """The mesh of the axes' sizes and a line that says what it is made of.
@@ -25,6 +27,7 @@ def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
     os.environ["XLA_FLAGS"] = with_applied(os.environ.get("XLA_FLAGS", ""))
     if platform != "auto":
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else "cpu")
+    os.environ |= thread_settings(share)
     # Where devices exist already (a test, a notebook) what is there must do.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", share)
@@ -49,6 +52,18 @@ def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
         cores = len(os.sched_getaffinity(0))
         return mesh, f"mesh {shape}: {wanted} CPU devices are simulated on {cores} cores{_hosts()}"
     return mesh, f"mesh {shape} of {len(devices)} {kind}{_hosts()}"
+
+
+def thread_settings(num_devices: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that give XLA threads enough for so many simulated CPU devices.
+
+    A collective holds a thread until all devices are there, and a device may be in several at once, as in a
+    loop and beside it. With XLA's own choice, the larger of cores and devices, all threads can be taken by
+    devices that wait for one that gets none: the run hangs.
+    """
+    if num_devices == 1 or "NPROC" in environ:
+        return {}
+    return {"NPROC": str(max(os.cpu_count() or 1, THREADS_PER_DEVICE * num_devices))}
 
 
 def _hosts() -> str:

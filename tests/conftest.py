@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+# As selfemo_jax/devices.py does for a run, which would be too late here.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
