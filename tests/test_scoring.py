@@ -145,7 +145,7 @@ def test_a_lost_group_is_absent_from_advantages_and_every_mean():
             before,
             pytest.approx(after, abs=1e-6),
         )
-    assert set(found.metrics) - set(alone.metrics) == {"data/iemocap", "data/synthetic"}
+    assert set(found.metrics) - set(alone.metrics) == {"data/iemocap", "data/synthetic", "data/depth_1"}
 
 
 def test_a_lost_group_does_not_dilute_the_share_of_cores_without_the_gold():
