@@ -12,8 +12,8 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-_kept: list[bool] = []
-"""Not empty once what is freed is kept."""
+_kept = False
+"""Whether what is freed is kept, as it is for the whole process."""
 
 
 def keep_freed_memory() -> bool:
@@ -30,9 +30,9 @@ def keep_freed_memory() -> bool:
     if chosen_by_user or has_gpu or mallopt is None:
         return False
     chosen = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-    kept = all([mallopt(number, value) == 1 for number, value in chosen])
-    _kept.extend([True] * kept)
-    return kept
+    global _kept
+    _kept = all([mallopt(number, value) == 1 for number, value in chosen])
+    return _kept
 
 
 class _Counts(ctypes.Structure):

@@ -16,16 +16,20 @@ if sys.argv[1] == "kept":
 import jax, jax.numpy as jnp
 x = jnp.ones((4096, 8192))  # 128 MiB, and as much for each temporary
 step = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ jnp.ones((8192, 8)), axis=0).sum())
-for _ in range(8):
-    step(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):
-    step(x).block_until_ready()
-print(json.dumps([done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
+fewest = None
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        step(x).block_until_ready()
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    fewest = taken if fewest is None else min(fewest, taken)
+print(json.dumps([done, fewest]))
 """
 
 
 def faults(word: str, **more: str) -> tuple[bool, int]:
+    """Whether memory is kept, and the fewest page faults of eight calls in a row: on a busy machine a call may
+    begin before the last one's memory is free, so that the heap grows a few times."""
     text = subprocess.run(
         [sys.executable, "-c", FAULTS, word],
         env=micro.environment() | more,
@@ -41,9 +45,8 @@ def test_a_step_pays_for_its_memory_once():
     _, returned = faults("returned")
     done, kept = faults("kept")
     assert done
-    assert returned > 12 * 32768 // 2  # each call maps its 128 MiB of temporaries again
-    # A call that begins before the last one's memory is free lets the heap grow, a few times at most.
-    assert kept < returned / 3
+    assert returned > 8 * 32768 // 2  # each call maps its 128 MiB of temporaries again
+    assert kept < returned / 8
 
 
 def test_an_allocator_that_the_user_set_is_left_alone():

@@ -154,6 +154,8 @@ def test_dialogues_hold_every_labelled_line_whatever_the_rule_of_inputs():
     assert [len(lines) for lines in found["meld"]] == [3, 3]
     limited = label_phase.training_dialogues(data, settings(data={"max_items": 4, "max_prompt": 128}))
     assert [lines[0].root_id for lines in limited["meld"]] == ["meld/train/d1"]
-    table = label_phase.table_of(data, codec(), settings())
-    encode = label_phase.question_encoder(found, table, codec(), settings())
+    assert label_phase.table_of(data, codec(), settings()) is None
+    config = settings(cold_start={"labels": {"epochs": 0.5}})
+    table = label_phase.table_of(data, codec(), config)
+    encode = label_phase.question_encoder(found, table, codec(), config)
     assert {table.names[question.label] for question in encode(found["meld"][0])} == {("meld", "joy")}

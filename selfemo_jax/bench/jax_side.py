@@ -17,6 +17,7 @@ from typing import Any
 
 from selfemo_jax.bench.light import without_jaxtyping
 
+# Before the imports below: each of them looks for jaxtyping.
 without_jaxtyping()
 
 import jax  # noqa: E402

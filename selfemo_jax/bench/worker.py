@@ -55,6 +55,7 @@ def serve(side: Side, *, commands: Any, answers: Any) -> None:
         request = json.loads(line)
         try:
             answer = _answer(side, contestants, request)
+        # The driver tells what went wrong, and goes on with the other contestants.
         except Exception as error:
             trace = traceback.format_exc()
             print(trace, file=sys.stderr, flush=True)

@@ -76,15 +76,17 @@ def test_equal_inputs_give_equal_gradients():
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-@pytest.mark.parametrize("backend", ["blocked", "pallas"])
-def test_time_of_forward_and_backward(backend, cuda_device):
+def test_the_kernel_is_faster_than_blocks(cuda_device):
     segments, prefixes = group_rows(4, prompt=1024, completion=896, group_size=8, padding=0)
     arrays = inputs(4, segments.shape[1], dtype="bfloat16", num_heads=32, num_kv_heads=8)
-    run = functools.partial(with_gradients, *arrays, segments, prefixes, backend=backend)
-    jax.block_until_ready(run())
-    began = time.perf_counter()
-    for _ in range(5):
-        result = run()
-    jax.block_until_ready(result)
-    took = (time.perf_counter() - began) / 5 * 1e3
-    print(f"\n{cuda_device.device_kind}: {backend} {took:.1f} ms for 4 rows of 8192")
+    took = {}
+    for backend in ("blocked", "pallas"):
+        run = functools.partial(with_gradients, *arrays, segments, prefixes, backend=backend)
+        jax.block_until_ready(run())
+        began = time.perf_counter()
+        for _ in range(5):
+            result = run()
+        jax.block_until_ready(result)
+        took[backend] = (time.perf_counter() - began) / 5 * 1e3
+    print(f"\n{cuda_device.device_kind}: forward and backward of 4 rows of 8192, ms: {took}")
+    assert took["pallas"] < took["blocked"]
