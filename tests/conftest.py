@@ -1,8 +1,11 @@
 """Settings of all tests: eight simulated CPU devices, shape checks of the kernels, the optional real data."""
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +21,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # As selfemo_jax/devices.py does for a run, which would be too late here.
 os.environ.setdefault("NPROC", "32")
+
+# pytest's own processes, and those that tests start, compile a function once for all of them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 import pytest

@@ -47,11 +47,6 @@ SIZES = {
     "checkpoint.every": 1000,
 }
 NOTE = "plumbing run, not a result"
-CACHE = {
-    "jax_compilation_cache_dir": "JAX_COMPILATION_CACHE_DIR",
-    "jax_persistent_cache_min_compile_time_secs": "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-    "jax_persistent_cache_min_entry_size_bytes": "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-}
 
 
 def flags(values: dict) -> list[str]:
@@ -85,30 +80,11 @@ def _scratch() -> Path:
     return folder
 
 
-def cache_environment() -> dict[str, str]:
-    """Variables that let all runs of a test session compile each function once."""
-    return dict(zip(CACHE.values(), (str(_scratch() / "compiled"), "0.1", "0"), strict=True))
-
-
-@contextmanager
-def _cached_compiles() -> Iterator[None]:
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    jax.config.update("jax_compilation_cache_dir", str(_scratch() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
 def run(run_dir: Path, *words: str) -> int:
     """Train in this process; the exit status."""
     # The devices of the session exist before a run asks for fewer.
     assert len(jax.devices()) == 8
-    with _cached_compiles():
-        return train.main([f"--run_dir={run_dir}", *words])
+    return train.main([f"--run_dir={run_dir}", *words])
 
 
 @functools.cache
@@ -200,6 +176,6 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a subprocess: one CPU device, the shared compilation cache."""
+    """Of a subprocess: one CPU device."""
     ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    return os.environ | cache_environment() | ours
+    return os.environ | ours

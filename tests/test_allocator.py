@@ -28,8 +28,8 @@ print(json.dumps([done, fewest]))
 
 
 def faults(word: str, **more: str) -> tuple[bool, int]:
-    """Whether memory is kept, and the fewest page faults of eight calls in a row: on a busy machine a call may
-    begin before the last one's memory is free, so that the heap grows a few times."""
+    """Whether memory is kept, and the fewest page faults of eight calls in a row: on a busy machine a call
+    may begin before the last one's memory is free, so that the heap grows a few times."""
     text = subprocess.run(
         [sys.executable, "-c", FAULTS, word],
         env=micro.environment() | more,

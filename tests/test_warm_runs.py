@@ -4,8 +4,9 @@ from tests import micro
 
 
 def test_a_run_compiles_nothing_after_the_first_step_of_each_phase(tmp_path):
-    """Random weights hardly ever write a stop token, so that all rollouts are alike: a group fits into a row of
-    288 and has 160 targets, for which the head computes 216 positions. A trained policy's rollouts go on varying for a while."""
+    """Random weights hardly ever write a stop token, so that all rollouts are alike: a group fits into a
+    row of 288 and has 160 targets, for which the head computes 216 positions. A trained policy's rollouts go
+    on varying for a while."""
     few = {
         "batch.row_tokens": 288,
         "cold_start.epochs": 1,

@@ -140,6 +140,7 @@ def test_a_training_that_fails_stops_the_study_and_names_its_log(tmp_path, monke
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     words = ["arms", "--config-dir", str(tmp_path / "configs"), "--out", str(tmp_path / "runs")]
     assert study.main([*words, "--seeds", "1", "--", "--rl.steps=3"]) == 2
     log = tmp_path / "runs" / "configs" / "full" / "seed_0" / "train.log"
