@@ -22,11 +22,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 # As selfemo_jax/devices.py does for a run, which would be too late here.
 os.environ.setdefault("NPROC", "32")
 
-# pytest's own processes, and those that tests start, compile a function once for all of them.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.mkdtemp(prefix="compiled")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+# pytest's own processes, and those that tests start, compile a function once for all of them and train the
+# runs of tests/micro.py once.
+if "SELFEMO_TEST_RUNS" not in os.environ:
+    shared = Path(tempfile.mkdtemp(prefix="selfemo_tests"))
+    atexit.register(shutil.rmtree, shared, ignore_errors=True)
+    (shared / "runs").mkdir()
+    os.environ["SELFEMO_TEST_RUNS"] = str(shared / "runs")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 

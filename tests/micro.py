@@ -5,13 +5,14 @@ whose runs go through every phase in a few steps.
 """
 
 import atexit
+import fcntl
 import functools
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,12 +88,22 @@ def run(run_dir: Path, *words: str) -> int:
     return train.main([f"--run_dir={run_dir}", *words])
 
 
+def _made_once(name: str, words: Callable[[], list[str]]) -> Path:
+    """This process's copy of a finished run; the first process of the test session that needs it makes it."""
+    made, copy = Path(os.environ["SELFEMO_TEST_RUNS"]) / name, _scratch() / name
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            assert run(_scratch() / "new" / name, *words()) == 0
+            (_scratch() / "new" / name).rename(made)
+    shutil.copytree(made, copy)
+    return copy
+
+
 @functools.cache
 def base_run() -> Path:
-    """A finished run from random weights, made once in a process."""
-    folder = _scratch() / "base"
-    assert run(folder, *random_settings()) == 0
-    return folder
+    """A finished run from random weights."""
+    return _made_once("base", random_settings)
 
 
 def base_policy() -> Path:
@@ -102,10 +113,8 @@ def base_policy() -> Path:
 
 @functools.cache
 def full_run() -> Path:
-    """A finished, uninterrupted run with `settings`, made once in a process."""
-    folder = _scratch() / "full"
-    assert run(folder, *settings()) == 0
-    return folder
+    """A finished, uninterrupted run with `settings`."""
+    return _made_once("full", settings)
 
 
 @contextmanager
