@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from selfemo_jax.checksums import array_checksums, check_arrays
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import config_folder
 from selfemo_jax.distributed import barrier, is_first
 from selfemo_jax.model.adapters import is_adapted, split
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Params
+from selfemo_jax.model.digests import file_digests
 from selfemo_jax.model.weights import PARAMS_NAME
 from selfemo_jax.train_step import TrainState
 
@@ -45,17 +47,20 @@ class StateStore:
     seen."""
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool):
+        self._folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=asynchronous, create=True
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, global_step: int, state: TrainState | None, meta: dict[str, Any]) -> None:
         """Write a state; errors of the write before surface here. ``state`` is None where no weights
         change."""
         items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta)}
         if state is not None:
-            items["state"] = ocp.args.StandardSave(_without_base(state))
+            saved = _without_base(state)
+            items["state"] = ocp.args.StandardSave(saved)
+            items["checksums"] = ocp.args.JsonSave(array_checksums(saved))
         self._manager.save(global_step, args=ocp.args.Composite(**items))
 
     def steps(self) -> list[int]:
@@ -64,19 +69,31 @@ class StateStore:
 
     def meta(self, global_step: int) -> dict[str, Any]:
         """The JSON part of a state."""
-        restored = self._manager.restore(global_step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return restored["meta"]
+        return self._read(global_step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, global_step: int, like: TrainState) -> TrainState:
         """The arrays of a state, laid out as ``like`` (arrays or `jax.ShapeDtypeStruct` with shardings); the
-        frozen base of adapters is that of ``like``."""
+        frozen base of adapters is that of ``like``. ValueError where an array is not as it was saved."""
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             _without_base(like),
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        restored = self._manager.restore(global_step, args=args)["state"]
+        found = self._read(
+            global_step, state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore()
+        )
+        restored = found["state"]
+        check_arrays(restored, found["checksums"], where=str(self._folder / str(global_step)))
         return replace(restored, params={**like.params, **restored.params})
+
+    def _read(self, global_step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(global_step, args=ocp.args.Composite(**items))
+        # Orbax and tensorstore have many words for a file that is missing, cut or overwritten.
+        except Exception as error:
+            raise ValueError(
+                f"{self._folder / str(global_step)}: the state cannot be read: {error}; copy it anew, or "
+                "remove the folder to go on from an older one"
+            ) from error
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
@@ -126,7 +143,8 @@ def _complete(
     key = "dtype" if "dtype" in config else "torch_dtype"
     leaf = jax.tree.leaves(params)[0]
     (part / "config.json").write_text(json.dumps(config | {key: str(leaf.dtype)}, indent=1) + "\n")
-    (part / "certificate.json").write_text(json.dumps({"format": 1} | certificate, indent=1) + "\n")
+    whole = {"format": 1} | certificate | {"files": file_digests(part / PARAMS_NAME)}
+    (part / "certificate.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def _put_in_place(part: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -55,6 +56,23 @@ def test_evaluate_refuses_what_is_not_there(run_dir, tmp_path, capsys):
     assert "expected a run" in capsys.readouterr().err
     assert evaluate.main(["--checkpoint", str(run_dir), "--split", "tset", "--out", str(tmp_path)]) == 2
     assert "no split 'tset'" in capsys.readouterr().err
+
+
+def test_a_policy_with_a_changed_bit_or_a_missing_file_is_not_used(run_dir, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    values = copy / "checkpoints" / "best" / "params" / "layers.down" / "c"
+    array = next(path for path in values.rglob("*") if path.is_file())
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    words = ["--checkpoint", str(copy), "--split", "dev", "--out", str(tmp_path)]
+    assert evaluate.main(words) == 2
+    said = capsys.readouterr().err
+    assert "best/params" in said and "layers.down" in said and "another SHA-256" in said
+    array.unlink()
+    assert evaluate.main(words) == 2
+    assert "is missing" in capsys.readouterr().err
 
 
 def test_an_unknown_key_names_the_nearest(run_dir, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 
 from selfemo_jax.model import orbax_io
 from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.digests import check_files
 from selfemo_jax.model.hf_table import (
     EMBED,
     HEAD,
@@ -193,6 +194,8 @@ def hf_source(checkpoint: Checkpoint) -> TensorSource:
 
 
 def _open_stores(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
+    # A run writes through Orbax, which keeps no checksums, and notes the digests of its files.
+    check_files(checkpoint.folder / PARAMS_NAME, (checkpoint.certificate or {}).get("files", {}))
     stores = orbax_io.open_arrays(checkpoint.folder / PARAMS_NAME)
     _check_shapes(stores, config, where=f"{checkpoint.folder}: the parameters do not fit config.json")
     return stores

@@ -46,13 +46,17 @@ class Check:
 def main(argv: Sequence[str]) -> int:
     """Print; 1 when a check failed, 2 for a folder without harvests."""
     arguments = _parser().parse_args(argv)
-    run = Path(arguments.run)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     try:
-        harvests = load_harvests(run)
+        return _show(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    run = Path(arguments.run)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    harvests = load_harvests(run)
     rewards = rewards_by_origin(run)
     found = {name: checks(report, least=arguments.least) for name, report in harvests.items()}
     if arguments.json:
