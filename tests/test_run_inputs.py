@@ -204,6 +204,22 @@ def test_named_weights_share_what_a_harvest_leaves():
     assert found == pytest.approx({"meld": 0.375, "emorynlp": 0.125, SYNTHETIC: 0.5})
 
 
+def test_without_synthetic_inputs_the_same_harvest_gives_other_batches():
+    data = run_data({"meld": originals(30)})
+    lines = [record(synthetic(parent, iteration=1)) for parent in data.train["meld"][:6]]
+
+    def batches(**wheel) -> list[tuple[str, ...]]:
+        config = settings(flywheel=NONE_HELD["flywheel"] | wheel)
+        found = phase_inputs(phase("original", "harvest_1"), data, lines, config)
+        shares = source_weights(found, config)
+        stream = input_stream(found, shares, lambda s: s.id, batch_size=8, seed=1)
+        return [batch.items for batch in itertools.islice(stream, 10)]
+
+    made, none = batches(), batches(n_syn=0)
+    assert all(any(name.endswith("+1") for name in items) for items in made)
+    assert not any(name.endswith("+1") for items in none for name in items)
+
+
 @pytest.mark.parametrize("made", [1, 5])
 def test_a_small_harvest_is_in_each_of_the_first_batches(made):
     config = settings(rl={"prompts_per_step": 8, "mini_prompts": 8})

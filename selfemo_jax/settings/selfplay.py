@@ -131,8 +131,8 @@ class Flywheel:
     """Inputs that self-play begins from per iteration, chosen by the seed; null: all."""
     dialogues_per_step: Count = 256
     """Dialogues that one engine call plays on by a turn; a killed harvest repeats one call at most."""
-    n_syn: Count = 8000
-    """Synthetic inputs kept per iteration at most."""
+    n_syn: Natural = 8000
+    """Synthetic inputs kept per iteration at most; 0: none, a harvest is made and nothing learns from it."""
     tau: Share = 0.5
     """Least r1 of an accepted rollout."""
     tau_low: Share | None = None
