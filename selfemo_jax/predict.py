@@ -12,14 +12,14 @@ import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from selfemo_jax.checkpoint import find_checkpoint
 from selfemo_jax.config_io import Flag, load_config
-from selfemo_jax.data.dialogues import MELD
+from selfemo_jax.data.dialogues import MELD, label_set
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.scores import greedy_answers
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_dialogues(file: TextIO, name: str, default: tuple[str, ...]) -> Iterator[Sample]:
+def read_dialogues(file: Iterable[str], name: str, default: tuple[str, ...]) -> Iterator[Sample]:
     """Inputs from JSON lines; ValueError names the line and what is wrong with it."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file, name), start=1):
         if not line.strip():
             continue
         where = f"{name}:{number}"
@@ -90,6 +90,14 @@ def read_dialogues(file: TextIO, name: str, default: tuple[str, ...]) -> Iterato
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not a JSON object: {error}") from error
         yield _sample(record, where, default)
+
+
+def _lines(file: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        found = error.object[error.start]
+        raise ValueError(f"{name}: byte 0x{found:02X} is not UTF-8; save the file as UTF-8") from error
 
 
 def _sample(record: Any, where: str, default: tuple[str, ...]) -> Sample:
@@ -107,6 +115,13 @@ def _sample(record: Any, where: str, default: tuple[str, ...]) -> Sample:
     labels = record.get("labels", default)
     if not isinstance(labels, list | tuple) or len(labels) < 2 or not all(isinstance(x, str) for x in labels):
         raise ValueError(f"{where}: labels: expected a list of at least two names, found {labels!r}")
+    try:
+        inventory = label_set("labels", [label.strip() for label in labels]).labels
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for key in ("responder", "persona", "theme"):
+        if not isinstance(record.get(key), str | None):
+            raise ValueError(f"{where}: {key}: expected text, found {record[key]!r}")
     others = [speaker for speaker, _ in reversed(history) if speaker != target]
     responder = record.get("responder") or (others[0] if others else LISTENER)
     if responder == target:
@@ -115,7 +130,7 @@ def _sample(record: Any, where: str, default: tuple[str, ...]) -> Sample:
     return Sample(
         id=identity, root_id=identity, parent_id=None, dataset="user", split="test", history=tuple(history),
         target_speaker=target, responder=responder, persona=record.get("persona"), theme=record.get("theme"),
-        inventory=tuple(label.strip().lower() for label in labels), gold={}, reference=None,
+        inventory=inventory, gold={}, reference=None,
     )  # fmt: skip
 
 

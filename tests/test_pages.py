@@ -119,6 +119,31 @@ def test_predict_says_which_line_is_wrong(run_dir, tmp_path, capsys, line, words
     assert f"{path}:2: " in messages and words in messages
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"persona": 5}, "persona: expected text, found 5"),
+        ({"theme": ["a boat"]}, "theme: expected text"),
+        ({"responder": {"name": "B"}}, "responder: expected text"),
+        ({"labels": ["very happy", "sad"]}, "'very happy' is not one word"),
+        ({"labels": ["joy", "Joy"]}, "repeats joy"),
+        ({"labels": [chr(97 + n) for n in range(26)] * 2}, "52 labels; expected 2 to 32"),
+    ],
+)
+def test_predict_refuses_what_a_prompt_cannot_hold(given, words):
+    lines = written([DIALOGUES[0], {"turns": DIALOGUES[0]["turns"]} | given]).splitlines()
+    with pytest.raises(ValueError, match="in.jsonl:2: ") as caught:
+        list(predict.read_dialogues(lines, "in.jsonl", ("joy", "fear")))
+    assert words in str(caught.value)
+
+
+def test_predict_names_the_file_whose_bytes_are_no_text(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"turns": [{"speaker": "A", "text": "caf\xe9"}]}\n')
+    with path.open(encoding="utf-8") as file, pytest.raises(ValueError, match="in.jsonl: byte 0xE9"):
+        list(predict.read_dialogues(file, "in.jsonl", ("joy", "fear")))
+
+
 def test_predict_refuses_a_missing_file(run_dir, tmp_path, capsys):
     code, _, messages = asked(capsys, run_dir, tmp_path / "none.jsonl")
     assert code == 2 and "none.jsonl" in messages
