@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_group(group, rollouts, console)
         if not shown:
             console.print(f"no rollouts to show as {arguments.show}", markup=False)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

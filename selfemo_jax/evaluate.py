@@ -31,7 +31,6 @@ from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
 from selfemo_jax.evaluation.samples import score_samples
 from selfemo_jax.evaluation.tables import print_all
 from selfemo_jax.evaluation.yardsticks import yardsticks
-from selfemo_jax.experts.ask import ExpertError
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
 from selfemo_jax.run_data import RunData, load_data
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 answers, data, splits=[flags["split"]], note=note, folder=folder, say=print,
                 num_samples=flags["samples"], with_yardsticks=flags["yardsticks"], seed=config.seed,
             )  # fmt: skip
-    except (ValueError, FileNotFoundError, ExpertError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

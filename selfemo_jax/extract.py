@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 75
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             print(json.dumps(line, ensure_ascii=False), flush=True)
         engine.close()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 75
-    except (ValueError, FileNotFoundError, NonFiniteError, RolloutError) as error:
+    except (ValueError, OSError, NonFiniteError, RolloutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
     return 0

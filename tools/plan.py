@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, config, device, shape_from=shape_from, workload=workload,
             efficiency=Efficiency(train=flags["mfu"]), compiled=compiled,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(plan, console)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if further:
             parser.error(f"unrecognized arguments: {' '.join(further)}")
         return study.main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
