@@ -198,6 +198,8 @@ def test_an_unknown_key_of_a_file_is_named_with_the_file(tmp_path):
         ("optim.lr", "fast", "optim.lr is 'fast'; expected a number (float)"),
         ("data.decontaminate", "perhaps", "expected true or false (bool)"),
         ("data.sets", "meld", "expected a list of text (str), as [a, b]"),
+        ("data.dev_split", "test", "expected one of dev"),
+        ("eval.final_splits", "[dev, tset]", "expected a list of one of dev, test"),
         ("reward.preset", "robst", "expected one of paper, robust, convex; did you mean robust?"),
         ("data.mixture.weights", "{meld: heavy}", "expected a mapping of text (str) to a number (float)"),
     ],

@@ -44,8 +44,8 @@ class DataSection:
     """Control arm: permute the gold labels among the training inputs."""
     num_workers: Natural = 0
     """Reader processes; 0 reads in the training process."""
-    dev_split: str = "dev"
-    """Split that selects checkpoints."""
+    dev_split: Literal["dev"] = "dev"
+    """Split that selects checkpoints; the test split never does."""
 
 
 @dataclass(frozen=True, kw_only=True)

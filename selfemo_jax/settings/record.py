@@ -19,7 +19,7 @@ class Eval:
     each history; the theme of a whole dialogue, which tells what is said later, is never given."""
     batch_rows: Count = 128
     """Prompts decoded at once."""
-    final_splits: list[str] = field(default_factory=lambda: ["dev", "test"])
+    final_splits: list[Literal["dev", "test"]] = field(default_factory=lambda: ["dev", "test"])
     """Splits scored whole when training ends."""
     temperature: Positive = 1.0
     """Of the answers that `evaluate --samples` draws."""
