@@ -29,14 +29,14 @@ def _opened(config: Config, command: Command) -> Iterator[Run]:
     data = load_data(config)
     check_hosts(config, data)
     resume = resumes(config.run_dir, command.resume)
-    kept = settings_of(config.run_dir, resume=resume)
+    kept = settings_of(config.run_dir)
     hashes = {"inputs": data.fingerprint}
     with RunLog(config, resume=resume, data_hashes=hashes, primary=is_first()) as log:
         for notice in parts.notices:
             log.say(notice)
         with settings_restored_on_error(kept):
             data = ask_experts(config, parts, data, log.run_dir, log.say)
-        run = Run(config, parts, data, log)
+            run = Run(config, parts, data, log)
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:
             if resume:

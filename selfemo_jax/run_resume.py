@@ -94,7 +94,7 @@ def resumes(run_dir: str | None, resume: str | None) -> bool:
 def settings_restored_on_error(kept: Mapping[Path, bytes]) -> Iterator[None]:
     """Write the files back when the block raises a ValueError.
 
-    A refused resume must not leave its settings to the next one.
+    A refused start must not leave its settings to the run that is there.
     """
     try:
         yield
@@ -104,8 +104,9 @@ def settings_restored_on_error(kept: Mapping[Path, bytes]) -> Iterator[None]:
         raise
 
 
-def settings_of(run_dir: str | None, *, resume: bool) -> dict[Path, bytes]:
-    """The files of a run that a new start writes over; none where it does not go on with a run."""
-    named = ("config.yaml", "env.json") if resume and is_first() else ()
+def settings_of(run_dir: str | None) -> dict[Path, bytes]:
+    """The files that a start writes over: of the run that it goes on with, or of one that somebody else may
+    just have begun."""
+    named = ("config.yaml", "env.json") if is_first() else ()
     files = [Path(run_dir or ".") / name for name in named]
     return {path: path.read_bytes() for path in files if path.exists()}

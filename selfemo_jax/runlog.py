@@ -104,7 +104,8 @@ class RunLog:
     ) -> None:
         """Make or reopen `config.run_dir`. Only the `primary` process writes and prints.
 
-        ValueError when the folder already holds a run and `resume` is False.
+        ValueError when the folder already holds a run and `resume` is False. A start that failed before its
+        first step left no run.
         """
         assert config.run_dir is not None, "load_config fills run_dir"
         self.run_dir = Path(config.run_dir)
@@ -120,7 +121,8 @@ class RunLog:
         self._started, self._done, self._total = time.monotonic(), 0, 0
         if not primary:
             return
-        if not resume and (self.run_dir / "metrics.jsonl").exists():
+        before = self.run_dir / "metrics.jsonl"
+        if not resume and before.exists() and before.stat().st_size:
             raise ValueError(
                 f"run_dir {self.run_dir} holds a run already; go on with it by --resume, or name another "
                 "--run_dir"

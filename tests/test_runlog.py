@@ -210,6 +210,16 @@ def test_a_second_run_does_not_write_into_the_first(tmp_path):
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+def test_a_start_that_failed_before_its_first_step_does_not_keep_the_folder(tmp_path):
+    config = config_in(tmp_path / "run")
+    with RunLog(config, console=quiet()):
+        pass
+    with RunLog(replace(config, seed=5), console=quiet()) as log:
+        log.step(1, {}, phase="rl")
+    assert read_config(tmp_path / "run" / "config.yaml").seed == 5
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
 def test_resuming_keeps_the_lines_the_first_environment_and_changed_settings(tmp_path):
     run_dir, console = tmp_path / "run", quiet()
     config = config_in(run_dir)
