@@ -36,7 +36,7 @@ class RunData:
     fingerprint: str
     """SHA-256 over every input: a run that is resumed must find the same."""
     report: Mapping[str, Any]
-    """Counts, and what decontamination dropped."""
+    """What the readers found, repaired and doubted, what decontamination dropped, and the inputs counted."""
     dialogues: Mapping[str, Dialogue] = field(default_factory=dict)
     """Root dialogue of a training input -> the whole dialogue."""
     biographies: Biographies | None = None
@@ -69,6 +69,7 @@ def load_data(config: Config) -> RunData:
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
+    report["readers"] = {name: corpus.report.to_json() for name, corpus in sorted(corpora.items())}
     if config.persona.source != "given":
         corpora = {name: _without_personas(corpus) for name, corpus in corpora.items()}
     train, majority = {}, {}
@@ -112,6 +113,16 @@ def load_data(config: Config) -> RunData:
     if config.output.biography == "train_lines":
         return tell_biographies(data, count_lines(dialogues))
     return data
+
+
+def doubts(data: RunData) -> tuple[str, ...]:
+    """What the person who starts a run should know of its data: warnings of the readers, what was dropped
+    from training, and a split that is not there."""
+    readers = data.report["readers"].values()
+    told = [line for reader in readers for line in (*reader["warnings"], *reader["leakage"])]
+    if not any(data.evaluation.get("dev", {}).values()):
+        told.append("the data has no labelled dev utterance: the last policy is scored, not the best by dev")
+    return tuple(f"data: {line}" for line in told)
 
 
 def tell_biographies(data: RunData, biographies: Biographies) -> RunData:

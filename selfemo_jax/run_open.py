@@ -1,15 +1,17 @@
 """A run assembled from its settings, new or taken up again, and closed at the end."""
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import Command
 from selfemo_jax.distributed import is_first, joined, launch_of, tell_others
 from selfemo_jax.parts import build_parts
 from selfemo_jax.run import Run
-from selfemo_jax.run_data import load_data
+from selfemo_jax.run_data import doubts, load_data
 from selfemo_jax.run_experts import ask_experts
 from selfemo_jax.run_hosts import check_hosts
 from selfemo_jax.run_resume import Stopped, resumes, settings_of, settings_restored_on_error
@@ -32,8 +34,12 @@ def _opened(config: Config, command: Command) -> Iterator[Run]:
     kept = settings_of(config.run_dir)
     hashes = {"inputs": data.fingerprint}
     with RunLog(config, resume=resume, data_hashes=hashes, primary=is_first()) as log:
-        for notice in parts.notices:
+        for notice in (*parts.notices, *doubts(data)):
             log.say(notice)
+        if is_first():
+            atomic_write(
+                log.run_dir / "data.json", json.dumps(data.report, indent=1, ensure_ascii=False) + "\n"
+            )
         with settings_restored_on_error(kept):
             data = ask_experts(config, parts, data, log.run_dir, log.say)
             run = Run(config, parts, data, log)

@@ -1,5 +1,6 @@
 """The labelled inputs of a run: which, how many, in which order, and their fingerprint."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 from selfemo_jax import run_data
 from selfemo_jax.config import Config, DataSection, Reward
 from selfemo_jax.data.dialogues import IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
-from selfemo_jax.run_data import by_dataset, fixed_subset, load_data
+from selfemo_jax.run_data import by_dataset, doubts, fixed_subset, load_data
 from tests.fabricated import sample
 
 
@@ -186,6 +187,32 @@ def test_the_fingerprint_changes_with_one_label_and_only_with_the_data(loaded):
     found = {name: other.fingerprint for name, other in others.items()}
     assert len({data.fingerprint, *found.values()}) == 6, found
     assert loaded(seed=5).fingerprint == data.fingerprint
+
+
+def test_what_the_readers_doubt_and_what_was_dropped_is_told_and_kept(loaded):
+    scene = ("The ferry leaves at nine in the morning.", "I packed seven coats and one umbrella.", "Good.")
+    turns = tuple(Turn(speaker=s, text=t, labels={"joy": 1.0}) for s, t in zip("ABA", scene, strict=True))
+    found = corpora()["meld"].splits
+    same = [Dialogue(dataset="own", split=split, dialogue_id="x", turns=turns) for split in ("train", "test")]
+    own = make_corpus(
+        replace(MELD, name="own"),
+        {"train": [*found["train"], same[0]], "dev": found["dev"], "test": [same[1]]},
+        warnings=("own test has 3 utterances",),
+    )
+    data = loaded(given={"own": own}, decontaminate=True)
+    warned, dropped = doubts(data)
+    assert warned == "data: own test has 3 utterances"
+    assert dropped.startswith("data: training: 1 of 31 ") and dropped.endswith(
+        "dropped (decontaminate=True)."
+    )
+    assert json.loads(json.dumps(data.report))["readers"]["own"]["warnings"] == ["own test has 3 utterances"]
+    assert doubts(loaded()) == ()
+
+
+def test_data_without_a_dev_split_is_told(loaded):
+    meld = corpora()["meld"]
+    (line,) = doubts(loaded(given={"meld": make_corpus(MELD, {**meld.splits, "dev": ()})}))
+    assert "no labelled dev utterance" in line
 
 
 def test_decontamination_comes_before_the_inputs(loaded, monkeypatch):
