@@ -73,12 +73,9 @@ class Run:
         self._flywheel = SharedStore(self.dir / "flywheel.jsonl")
         self._of_phase = ExitStack()
         self._best_dir = self.dir / "checkpoints" / "best"
-        self._store = StateStore(
-            self.dir / "checkpoints" / "states",
-            keep=config.checkpoint.keep,
-            asynchronous=config.checkpoint.asynchronous,
-        )
-        dev = data.split(config.data.dev_split) if config.data.dev_split in data.evaluation else ()
+        states, saving = self.dir / "checkpoints" / "states", config.checkpoint
+        self._store = StateStore(states, keep=saving.keep, asynchronous=saving.asynchronous)
+        dev = data.split(config.data.dev_split)
         self._dev = fixed_subset(dev, config.eval.max_items, seed=config.seed, purpose="dev")
         self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
         self._table = label_phase.table_of(data, parts.codec, config)
@@ -314,20 +311,21 @@ class Run:
             | getattr(self.engine, "take_metrics", dict)()
         )
         self.log.step(self.global_step, {**metrics, **speed, "phase_step": step}, phase=phase.name)
-        left = self._total - step
-        self._watch.forecast(phase, left=left, total=self._total, seconds=speed["time/step"])
+        self._watch.forecast(phase, left=self._total - step, total=self._total, seconds=speed["time/step"])
         reason = self._why_stop()
         # A harvest's state is a few numbers, its steps are long.
         if reason or state is None or step % self.config.checkpoint.every == 0:
             position = Position(phase=phase.index, step=step, global_step=self.global_step)
             for log in self._logs().values():
                 log.flush()
-            self._store.save(self.global_step, state, self._meta(position, iterator))
+            with self.timer("save"):
+                self._store.save(self.global_step, state, self._meta(position, iterator))
         if reason:
             self._store.wait()
             words = f"{reason} at {phase.name} step {step}; saved, go on with --resume --run_dir {self.dir}"
-            if reason.startswith(TIME_LIMIT) and state is not None:
-                self._score_final(state.params, notice=f"unfinished: {reason}")
+            if reason.startswith(TIME_LIMIT):
+                params = self.weights(phase.init) if state is None else state.params
+                self._score_final(params, notice=f"unfinished: {reason}")
             raise Stopped(words)
 
     def _why_stop(self) -> str:
