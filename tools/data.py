@@ -5,8 +5,8 @@
     python tools/data.py fetch --list --root DIR             which files are there, where the others come from
     python tools/data.py audit meld emorynlp --root DIR      dialogues that occur in training and evaluation
 
-Without names: every data set found under the root, else the bundled corpora. The root is SELFEMO_DATA if not
-given.
+Without names: every data set found under the root; without a root the bundled corpora. The root is
+SELFEMO_DATA if not given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
 
 
 def add_stats(commands: argparse._SubParsersAction) -> None:
@@ -172,6 +172,11 @@ def _add_corpora(parser: argparse.ArgumentParser) -> None:
 def _load(args: argparse.Namespace) -> tuple[Corpus, ...]:
     root = Path(args.root) if args.root else None
     found = [name for name in ("meld", "emorynlp", "iemocap") if root and (root / name).is_dir()]
+    if root and not args.names and not found:
+        raise ValueError(
+            f"{root}: no folder meld, emorynlp or iemocap in it; get the files by `python tools/data.py "
+            f"fetch --root {root}`, or name what to read, such as sample"
+        )
     return load_corpora(args.names or found or ["sample"], root)
 
 

@@ -291,6 +291,9 @@ def test_tool_prints_stats_and_audit_and_saves_them(tmp_path):
     assert (
         wrong.returncode == 2 and "did you mean 'meld'?" in wrong.stderr and "Traceback" not in wrong.stderr
     )
+    # A root that was misspelt must not be answered with the bundled sample.
+    empty = tool("stats", "--root", str(tmp_path / "dtaa"))
+    assert (empty.returncode, empty.stdout) == (2, "") and empty.stderr.startswith("error: ")
 
 
 def test_real_utterances_in_shared_parts(real):
