@@ -52,6 +52,8 @@ FLAGS = {
     ),
 }
 
+NOTHING = "utterance in that split, so there is nothing to score"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score one split; returns the exit status."""
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = command.extra
         with _opened(config, command) as (answers, config, folder, note):
             data = with_biographies(config, load_data(config))
+            if not data.split(flags["split"]):
+                raise ValueError(f"--split {flags['split']}: no labelled {NOTHING}")
             if config.eval.persona == "given":
                 data = with_personas(config, data, split=flags["split"])
             evaluate_splits(
@@ -91,6 +95,8 @@ def evaluate_splits(
     results = {}
     for split in splits:
         samples, found = data.split(split), {"seconds": 0.0, "note": note, "sets": {}}
+        if not samples:
+            say(f"{split}: no labelled {NOTHING}")
         if answers is not None:
             started = time.perf_counter()
             predictions = _written(
