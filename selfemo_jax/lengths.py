@@ -15,6 +15,7 @@ from rich.table import Table
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
+from selfemo_jax.data.label_rows import Answered
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.distributed import is_first
 from selfemo_jax.phases import Phase
@@ -28,10 +29,10 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def step_lengths(item: object, config: Config) -> dict[str, Any] | None:
     """Lengths in tokens of a step's prompts, completions and what lies in a row together.
 
-    ``item`` is what a phase's loop gets: a batch of (prompt ids, completion ids), or rollouts. None for
-    anything else, and where every group was lost. Each quantity has ``lengths``, ``budget`` and the setting
-    that ``limit``s it; ``sequence`` is a prompt with one completion, ``group`` a prompt with all of its
-    completions.
+    ``item`` is what a phase's loop gets: a batch of (prompt ids, completion ids) or of dialogues with their
+    answers, or rollouts. None for anything else, and where every group was lost. Each quantity has
+    ``lengths``, ``budget`` and the setting that ``limit``s it; ``sequence`` is a prompt with one completion,
+    ``group`` a prompt with all of its completions.
     """
     cut = dropped = None
     if isinstance(item, Rollouts):
@@ -41,9 +42,10 @@ def step_lengths(item: object, config: Config) -> dict[str, Any] | None:
         reasons = [c.finish_reason for _, group in kept for c in group.completions]
         cut = sum(reason == "length" for reason in reasons)
         dropped = sum(prompt.num_dropped_turns > 0 for prompt, _ in kept)
-    elif isinstance(item, Batch) and all(_is_pair(pair) for pair in item.items):
-        prompts = [len(prompt) for prompt, _ in item.items]
-        completions = [[len(completion)] for _, completion in item.items]
+    elif isinstance(item, Batch):
+        pairs = _examples(item.items)
+        prompts = [len(prompt) for prompt, _ in pairs]
+        completions = [[len(completion)] for _, completion in pairs]
     else:
         return None
     if not prompts:
@@ -162,6 +164,14 @@ def save(folder: Path, stem: str, content: Mapping[str, Any]) -> None:
     if not (folder / f"{stem}.json").exists():
         atomic_write(folder / f"{stem}.png", picture(content))
         atomic_write(folder / f"{stem}.json", json.dumps(content, indent=1) + "\n")
+
+
+def _examples(items: Sequence[object]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Prompt and completion ids of supervised items, dialogue after dialogue; none of other items."""
+    if all(_is_pair(item) for item in items):
+        return list(items)
+    answers = [answer for item in items if isinstance(item, list) for answer in item]
+    return [(one.prompt_ids, one.completion_ids) for one in answers if isinstance(one, Answered)]
 
 
 def _is_pair(item: object) -> bool:

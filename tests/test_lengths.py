@@ -9,6 +9,7 @@ from rich.console import Console
 from selfemo_jax import lengths
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import load_config
+from selfemo_jax.data.label_rows import Answered
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.data.prompts import Prompt
 from selfemo_jax.rollout.engine import Completion, Group, Request
@@ -65,6 +66,17 @@ def test_supervised_pairs_are_counted_without_groups():
     got = {name: q["lengths"] for name, q in found["quantities"].items()}
     assert got == {"prompt": [3, 1], "completion": [2, 3], "sequence": [4, 3]}
     assert found["completions_cut"] is None
+
+
+def test_answers_are_counted_dialogue_after_dialogue():
+    def answered(prompt: int, completion: int) -> Answered:
+        ids = {"prompt_ids": (1,) * prompt, "completion_ids": (2,) * completion}
+        return Answered(**ids, window=("d1", 0), label_at=None)
+
+    batch = Batch(items=([answered(9, 4), answered(12, 5)], [answered(7, 6)]), state={})
+    found = lengths.step_lengths(batch, config())
+    got = {name: q["lengths"] for name, q in found["quantities"].items()}
+    assert got == {"prompt": [9, 12, 7], "completion": [4, 5, 6], "sequence": [12, 16, 12]}
 
 
 def test_what_has_no_lengths_gives_none():
