@@ -58,6 +58,18 @@ def test_evaluate_refuses_what_is_not_there(run_dir, tmp_path, capsys):
     assert "no split 'tset'" in capsys.readouterr().err
 
 
+def test_evaluate_refuses_a_split_without_labels(tmp_path, capsys):
+    turns = [
+        {"speaker": "A", "text": "Up we go.", "label": "up"},
+        {"speaker": "B", "text": "No.", "label": "down"},
+    ]
+    (tmp_path / "dataset.json").write_text('{"name": "own", "labels": ["up", "down"]}')
+    (tmp_path / "train.jsonl").write_text(written([{"dialogue_id": "d1", "turns": turns}]))
+    words = ["--yardsticks", "--data.sets", f"[{tmp_path}]", "--out", str(tmp_path / "out")]
+    assert evaluate.main(words) == 2
+    assert "error: --split test: no labelled utterance" in capsys.readouterr().err
+
+
 def test_a_policy_with_a_changed_bit_or_a_missing_file_is_not_used(run_dir, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
