@@ -1,6 +1,8 @@
 """A run that was stopped goes on to the last bit, and refuses to go on from what is not its own."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,36 @@ def test_a_state_of_eight_devices_is_read_on_fewer(tmp_path):
             assert np.asarray(leaf).tobytes() == other.tobytes()
             assert leaf.sharding == wanted.sharding
     store.close()
+
+
+FAILING_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+import jax.numpy as jnp, numpy as np
+from selfemo_jax.checkpoint import StateStore
+from selfemo_jax.train_step import TrainState
+
+noise = jnp.asarray(np.random.default_rng(0).standard_normal((300, 300)), jnp.float32)
+state = TrainState(params={"w": noise}, opt_state=(), step=jnp.int32(3))
+store = StateStore(Path(sys.argv[1]), keep=3, asynchronous=True)
+store.save(1, state, {"position": 1})
+store.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    store.save(2, state, {"position": 2})
+    getattr(store, sys.argv[2])()
+except (ValueError, OSError) as error:
+    print("raised", "File too large" in str(error), store.steps())
+"""
+
+
+@pytest.mark.parametrize("next_call", ["wait", "close"])
+def test_a_write_that_fails_while_training_goes_on_is_an_error_and_no_state(tmp_path, next_call):
+    """Files may not grow beyond 50 kB, as on a disk that fills up."""
+    command = [sys.executable, "-c", FAILING_WRITE, str(tmp_path / "states"), next_call]
+    done = subprocess.run(command, env=micro.environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "raised True [1]\n", done.stderr
 
 
 def bits_flipped_one_at_a_time(folder: Path, *, per_file: int) -> Iterator[Path]:
