@@ -58,14 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
         if parts.note:
             print(f"note: {parts.note}", file=sys.stderr)
-        for prediction in greedy_answers(engine, samples, parts.codec, config):
+        if command.extra["labels"] == FLAGS["labels"].default:
+            print(f"labels, where a dialogue names none: {', '.join(default)} (or --labels)", file=sys.stderr)
+        asked = [as_trained(sample, config.data.speaker_style) for sample in samples]
+        predictions = greedy_answers(engine, asked, parts.codec, config)
+        for sample, prediction in zip(samples, predictions, strict=True):
             answer = prediction.answer
             line = {
-                "dialogue_id": prediction.sample.root_id,
-                "speaker": prediction.sample.target_speaker,
+                "dialogue_id": sample.root_id,
+                "speaker": sample.target_speaker,
                 "label": prediction.label,
                 "emotion": dict(answer.emotion),
-                "responder": prediction.sample.responder,
+                "responder": sample.responder,
                 "self_emotion": dict(answer.self_emotion),
                 "response": answer.response,
                 "valid": answer.valid,
@@ -90,6 +94,23 @@ def read_dialogues(file: Iterable[str], name: str, default: tuple[str, ...]) -> 
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not a JSON object: {error}") from error
         yield _sample(record, where, default)
+
+
+def as_trained(sample: Sample, speaker_style: str) -> Sample:
+    """The input with its speakers called as the policy knows them: `data.speaker_style` of its training."""
+    if speaker_style == "name":
+        return sample
+    speakers = dict.fromkeys((*(speaker for speaker, _ in sample.history), sample.responder))
+    names = {name: f"Speaker {number}" for number, name in enumerate(speakers, start=1)} | {
+        LISTENER: LISTENER
+    }
+    history = tuple((names[speaker], text) for speaker, text in sample.history)
+    return replace(
+        sample,
+        history=history,
+        target_speaker=names[sample.target_speaker],
+        responder=names[sample.responder],
+    )
 
 
 def _lines(file: Iterable[str], name: str) -> Iterator[str]:

@@ -149,6 +149,19 @@ def test_predict_refuses_what_a_prompt_cannot_hold(given, words):
     assert words in str(caught.value)
 
 
+def test_predict_calls_speakers_as_in_training():
+    turns = [{"speaker": name, "text": f"{name} spoke."} for name in ("Ana", "Ben", "Ana")]
+    given = [{"turns": turns}, {"turns": turns[:1]}, {"turns": turns, "responder": "Cleo"}]
+    samples = list(predict.read_dialogues(written(given).splitlines(), "in.jsonl", ("joy", "fear")))
+    assert [predict.as_trained(sample, "name") for sample in samples] == samples
+    asked = [predict.as_trained(sample, "index") for sample in samples]
+    assert asked[0].history == (
+        ("Speaker 1", "Ana spoke."), ("Speaker 2", "Ben spoke."), ("Speaker 1", "Ana spoke.")
+    )  # fmt: skip
+    called = [(sample.target_speaker, sample.responder) for sample in asked]
+    assert called == [("Speaker 1", "Speaker 2"), ("Speaker 1", "Listener"), ("Speaker 1", "Speaker 3")]
+
+
 def test_predict_names_the_file_whose_bytes_are_no_text(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"turns": [{"speaker": "A", "text": "caf\xe9"}]}\n')
