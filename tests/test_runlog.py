@@ -8,6 +8,7 @@ import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
@@ -271,3 +272,38 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path):
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         content = content[16 + size :]
     assert found == [(3, "reward/r1", 0.25)]
+
+
+def run_into(sink: str, module, folder: Path, monkeypatch) -> None:
+    """Two steps of a run whose library is a stand-in."""
+    monkeypatch.setitem(sys.modules, sink, module)
+    config = replace(config_in(folder / "run"), seed=3, log=Log(sinks=[sink]))
+    with RunLog(config, console=quiet()) as log:
+        log.step(3, {"reward/r1": 0.25, "kl": float("inf")}, phase="rl")
+        log.step(4, {"reward/r1": 0.5}, phase="rl")
+
+
+def test_wandb_gets_settings_and_the_finite_numbers_of_each_step(tmp_path, monkeypatch):
+    library = MagicMock()
+    run_into("wandb", library, tmp_path, monkeypatch)
+    asked = library.init.call_args.kwargs
+    assert (asked["name"], asked["dir"]) == ("run", str(tmp_path / "run"))
+    assert asked["config"]["seed"] == 3 and asked["config"]["rl"]["group_size"] == 8
+    run = library.init.return_value
+    assert [call.kwargs for call in run.log.call_args_list] == [{"step": 3}, {"step": 4}]
+    assert [call.args[0] for call in run.log.call_args_list] == [{"reward/r1": 0.25}, {"reward/r1": 0.5}]
+    run.finish.assert_called_once_with()
+
+
+def test_mlflow_gets_settings_and_the_finite_numbers_of_each_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    library = MagicMock()
+    run_into("mlflow", library, tmp_path, monkeypatch)
+    library.set_tracking_uri.assert_called_once_with(f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    (settings_,) = library.log_params.call_args.args
+    assert (settings_["seed"], settings_["rl.group_size"], settings_["optim.lr"]) == (3, 8, 3e-4)
+    assert [call.args[0] for call in library.log_metrics.call_args_list] == [
+        {"reward/r1": 0.25}, {"reward/r1": 0.5}
+    ]  # fmt: skip
+    assert [call.kwargs for call in library.log_metrics.call_args_list] == [{"step": 3}, {"step": 4}]
+    library.end_run.assert_called_once_with()
