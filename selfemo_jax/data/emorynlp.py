@@ -145,7 +145,7 @@ def _read_json(path: Path, split: str, notes: Notes) -> tuple[Dialogue, ...]:
     try:
         entries = [s for episode in release["episodes"] for s in episode["scenes"]]
         utterances = [
-            (str(s["scene_id"]), u["utterance_id"], u["speakers"], u["transcript"], u["emotion"])
+            (str(s["scene_id"]), str(u["utterance_id"]), u["speakers"], u["transcript"], u["emotion"])
             for s in entries
             for u in s["utterances"]
         ]
@@ -157,11 +157,14 @@ def _read_json(path: Path, split: str, notes: Notes) -> tuple[Dialogue, ...]:
     check_rows(where, [(1, scene, u) for scene, u, *_ in utterances], names=("scene", "utterance"))
     for scene, utterance_id, names, transcript, emotion in utterances:
         at = f"{where}: {utterance_id}"
-        number = str(utterance_id).rpartition("_u")[2]
+        number = utterance_id.rpartition("_u")[2]
         if not number.isdigit():
             raise ValueError(f"{at}: expected an utterance_id such as 's01_e15_c01_u001'.")
-        if not isinstance(names, list) or not names:
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{at}: speakers is {names!r}; expected a list such as ['Ross Geller'].")
+        for key, value in (("transcript", transcript), ("emotion", emotion)):
+            if not isinstance(value, str):
+                raise ValueError(f"{at}: {key} is {value!r:.60}; expected text.")
         turn = _make_turn(names, transcript, emotion, int(number), scene, at, cleaning)
         scenes.setdefault(scene, []).append(turn)
     cleaning.note(where, notes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -127,17 +127,21 @@ def _read_pickle(path: Path, notes: Notes) -> dict[str, tuple[Dialogue, ...]]:
     where = path.name
     content = load_pickle(data, where)
     if isinstance(content, tuple) and len(content) == 9:
-        _, speakers, labels, _, _, _, sentences, train, test = content
+        _, speakers, labels, _, _, _, sentences, *lists = content
+        train, test = (_dialogue_ids(ids, f"{where}: element {i}") for i, ids in enumerate(lists, start=7))
         owner = {dialogue_id: split for split, ids in split_ids().items() for dialogue_id in ids}
         ids = {
             "train": [i for i in train if owner.get(i) != "dev"],
             "dev": [i for i in train if owner.get(i) == "dev"],
-            "test": list(test),
+            "test": test,
         }
         elements = (7, 8)
     elif isinstance(content, list) and len(content) == 6:
-        speakers, labels, sentences, train, test, dev = content
-        ids = {"train": list(train), "dev": list(dev), "test": list(test)}
+        speakers, labels, sentences, *lists = content
+        train, test, dev = (
+            _dialogue_ids(ids, f"{where}: element {i}") for i, ids in enumerate(lists, start=3)
+        )
+        ids = {"train": train, "dev": dev, "test": test}
         elements = (3, 4)
     else:
         size = f" of {len(content)}" if isinstance(content, (list, tuple, dict)) else ""
@@ -171,6 +175,17 @@ def _read_pickle(path: Path, notes: Notes) -> dict[str, tuple[Dialogue, ...]]:
     return found
 
 
+def _dialogue_ids(found: Any, at: str) -> list[str]:
+    if not _is_list(found) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{at} is {found!r:.60}; expected a list of dialogue ids such as 'Ses01F_impro01'.")
+    return list(found)
+
+
+def _is_list(found: Any) -> bool:
+    """Whether it is a collection of things in a row, as a list or an array."""
+    return isinstance(found, Collection) and not isinstance(found, (str, bytes, Mapping))
+
+
 def _columns(
     dialogue_id: str,
     genders: Sequence[Any],
@@ -180,6 +195,9 @@ def _columns(
     at: str,
     cleaning: Cleaning,
 ) -> Dialogue:
+    for name, column in (("speakers", genders), ("labels", labels), ("sentences", sentences)):
+        if not _is_list(column):
+            raise ValueError(f"{at}: {name} is {column!r:.60}; expected a list, one a turn.")
     if not len(genders) == len(labels) == len(sentences):
         raise ValueError(
             f"{at}: {len(genders)} speakers, {len(labels)} labels and {len(sentences)} sentences; "
