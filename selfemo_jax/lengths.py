@@ -166,7 +166,7 @@ def save(folder: Path, stem: str, content: Mapping[str, Any]) -> None:
         atomic_write(folder / f"{stem}.json", json.dumps(content, indent=1) + "\n")
 
 
-def _examples(items: Sequence[object]) -> list[tuple[Sequence[int], Sequence[int]]]:
+def _examples(items: Sequence[Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Prompt and completion ids of supervised items, dialogue after dialogue; none of other items."""
     if all(_is_pair(item) for item in items):
         return list(items)
