@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "config": set(),
     "appendlog": set(),
     "allocator": set(),
+    "checksums": set(),
     "distributed": {"config"},
     "runlog": {"config", "appendlog"},
     "phases": {"config", "appendlog", "distributed"},
-    "checkpoint": {"model", "config", "appendlog", "distributed", "phases", "train_step"},
+    "checkpoint": {"model", "config", "appendlog", "checksums", "distributed", "phases", "train_step"},
     "train_step": {"algo", "model", "data", "config"},
     "scoring": {"algo", "data", "config", "rollout"},
     "rollout": {
