@@ -35,7 +35,7 @@ from selfemo_jax.run_hosts import SharedStore
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
 from selfemo_jax.run_steps import StepWatch
-from selfemo_jax.run_weights import adapted_weights, save_policy, weights_folder, weights_named
+from selfemo_jax.run_weights import adapted_weights, best_kept, save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
 from selfemo_jax.scoring import Scored, make_scorer
 from selfemo_jax.selfplay.flywheel import Candidate, ReplyIndex, summarise
@@ -91,7 +91,8 @@ class Run:
             start = Position(phase=0, step=0, global_step=0)
             point = self._meta(start, None) | {"logs": {}, "best": None}
         check_same_data(point, self.data.fingerprint, self.dir)
-        self.global_step, self._best = point["position"]["global_step"], point["best"]
+        self.global_step = point["position"]["global_step"]
+        self._best = best_kept(point["best"], self._best_dir)
         take_back(self.dir, point, self._logs(), into=self.log.orphan_dir, say=self.log.say)
         first = plans.first_open(self.dir, self.plan)
         where = self.plan[first].name if first < len(self.plan) else "the final scores"

@@ -1,6 +1,9 @@
 """Weights of a run: what its phases left, and what it saves."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from selfemo_jax.distributed import is_first
 from selfemo_jax.lora import read_adapters, write_adapters
 from selfemo_jax.model.adapters import LORA, adapted, init_adapters, is_adapted, merged
 from selfemo_jax.model.decoder import Params
+from selfemo_jax.model.weights import CERTIFICATE_NAME
 from selfemo_jax.parts import Parts, base_weights, weights_of
 from selfemo_jax.phases import Phase
 
@@ -47,6 +51,16 @@ def adapted_weights(name: str, base: Params, parts: Parts, plan: tuple[Phase, ..
         adapters = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), adapters)
     scale = jnp.float32(lora.alpha / lora.rank)
     return adapted(base, jax.device_put(adapters, whole), scale=jax.device_put(scale, whole))
+
+
+def best_kept(recorded: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    """The best policy that a checkpoint recorded, if its weights are still those in ``folder``. A later step,
+    taken back since, may have written over them: the steps to come then choose anew."""
+    certificate = folder / CERTIFICATE_NAME
+    if recorded is None or not certificate.exists():
+        return None
+    source = json.loads(certificate.read_text(encoding="utf-8"))["source"]
+    return dict(recorded) if source["global_step"] == recorded["global_step"] else None
 
 
 def save_policy(folder: Path, params: Params, parts: Parts, *, phase: Phase, global_step: int) -> None:

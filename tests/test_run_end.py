@@ -1,6 +1,7 @@
 """The end of a step: what is saved and timed, and what a time limit leaves in every kind of phase."""
 
 import contextlib
+import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ import pytest
 from selfemo_jax.phases import Phase
 from selfemo_jax.run import TIME_LIMIT, Run
 from selfemo_jax.run_resume import Stopped
+from selfemo_jax.run_weights import best_kept
 
 OVER = f"{TIME_LIMIT} of 5 min reached"
 
@@ -60,3 +62,13 @@ def test_a_state_is_saved_when_it_is_due(step, saves):
     run = run_that("")
     end(run, "rl", MagicMock(), step=step)
     assert run._store.save.call_count == saves == len(run.timed)
+
+
+def test_the_best_policy_is_kept_only_while_its_weights_are_there(tmp_path):
+    recorded = {"dev/wf1": 0.4, "global_step": 20, "phase": "rl_final"}
+    assert best_kept(None, tmp_path) is None
+    assert best_kept(recorded, tmp_path) is None
+    for step, expected in ((20, recorded), (40, None)):
+        source = {"kind": "trained", "phase": "rl_final", "global_step": step}
+        (tmp_path / "certificate.json").write_text(json.dumps({"format": 1, "source": source}))
+        assert best_kept(recorded, tmp_path) == expected
