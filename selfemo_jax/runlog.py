@@ -121,8 +121,9 @@ class RunLog:
         self._started, self._done, self._total = time.monotonic(), 0, 0
         if not primary:
             return
-        before = self.run_dir / "metrics.jsonl"
-        if not resume and before.exists() and before.stat().st_size:
+        before, scored = self.run_dir / "metrics.jsonl", self.run_dir / "eval" / "final.json"
+        # A run without phases has scores and not one step.
+        if not resume and (scored.exists() or (before.exists() and before.stat().st_size)):
             raise ValueError(
                 f"run_dir {self.run_dir} holds a run already; go on with it by --resume, or name another "
                 "--run_dir"

@@ -211,6 +211,14 @@ def test_a_second_run_does_not_write_into_the_first(tmp_path):
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+def test_a_zero_shot_run_is_not_written_over(tmp_path):
+    config = config_in(tmp_path / "run")
+    with RunLog(config, console=quiet()):
+        atomic_write(tmp_path / "run" / "eval" / "final.json", "{}")
+    with pytest.raises(ValueError, match="--resume"):
+        RunLog(config, console=quiet())
+
+
 def test_a_start_that_failed_before_its_first_step_does_not_keep_the_folder(tmp_path):
     config = config_in(tmp_path / "run")
     with RunLog(config, console=quiet()):
