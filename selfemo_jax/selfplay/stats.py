@@ -44,11 +44,11 @@ class Check:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print; 1 when a check failed, 2 for a folder without harvests."""
+    """Print; 1 when a check failed, 2 for a folder without harvests or a file that cannot be read."""
     arguments = _parser().parse_args(argv)
     try:
         return _show(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -15,6 +15,7 @@ import torch
 from selfemo_jax.model import hf_convert, orbax_io
 from selfemo_jax.model.hf_convert import load_params, to_flax, to_hf, verify
 from tests.model.checkpoints import edit_tensors, hf_config, save_checkpoint
+from tools import convert_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,3 +152,8 @@ def test_damage_after_the_conversion_is_found(qwen3_flax, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         load_params(spoilt, dtype="float32")
     assert not (tmp_path / "back").exists()
+
+
+def test_the_command_says_an_error_as_the_others_do(tmp_path, capsys):
+    assert convert_hf.main(["to-flax", str(tmp_path / "none"), str(tmp_path / "dst")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -124,3 +124,11 @@ def test_a_failed_check_is_an_exit_status(tmp_path, capsys):
 def test_a_folder_without_harvests_is_named(tmp_path, capsys):
     assert command.main(["stats", str(tmp_path)]) == 2
     assert "no phases/*/harvest.json" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_an_error_in_words(tmp_path, capsys):
+    run = run_of(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert command.main(["stats", str(run)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
