@@ -57,8 +57,11 @@ def choose(
     picked = {}
     left_out: dict[str, list[Sample]] = {}
     for dataset in sorted(pools):
-        number = _most(pools[dataset], bounds[dataset], quotas[dataset])
-        picked[dataset], over, rest = _take(pools[dataset], bounds[dataset], number)
+        # Of nothing no label may have a share: it is the cap that leaves nothing, not the labels.
+        capped = room[dataset] and not quotas[dataset]
+        bound = None if capped else bounds[dataset]
+        number = _most(pools[dataset], bound, quotas[dataset])
+        picked[dataset], over, rest = _take(pools[dataset], bound, number)
         left_out.setdefault("label_share", []).extend(over)
         left_out.setdefault("cap", []).extend(rest)
     return Selection(

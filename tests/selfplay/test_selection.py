@@ -82,6 +82,13 @@ def test_the_bounds_hold_under_the_cap_too():
     assert sum(map(len, found.left_out.values())) == 800
 
 
+def test_a_cap_of_nothing_is_what_leaves_everything_out():
+    found, counts = bounded({"joy": 4, "neutral": 3}, n_syn=0)
+    assert not counts and {reason: len(left) for reason, left in found.left_out.items()} == {"cap": 7}
+    # No human gave this label: it stays out whatever the cap.
+    assert set(bounded({"surprise": 4}, n_syn=0)[0].left_out) == {"label_share"}
+
+
 def test_a_label_that_no_human_gave_is_left_out_and_a_collapse_to_one_label_leaves_little():
     assert bounded({"surprise": 80, "neutral": 80})[1] == {"neutral": 80}
     assert bounded({"joy": 500})[1] == {"joy": 1}
