@@ -15,7 +15,7 @@ from rich.table import Table
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.config import Config
-from selfemo_jax.data.label_rows import Answered
+from selfemo_jax.data.label_rows import Answered, Question
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.distributed import is_first
 from selfemo_jax.phases import Phase
@@ -29,10 +29,11 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def step_lengths(item: object, config: Config) -> dict[str, Any] | None:
     """Lengths in tokens of a step's prompts, completions and what lies in a row together.
 
-    ``item`` is what a phase's loop gets: a batch of (prompt ids, completion ids) or of dialogues with their
-    answers, or rollouts. None for anything else, and where every group was lost. Each quantity has
-    ``lengths``, ``budget`` and the setting that ``limit``s it; ``sequence`` is a prompt with one completion,
-    ``group`` a prompt with all of its completions.
+    ``item`` is what a phase's loop gets: a batch of (prompt ids, completion ids), of dialogues with their
+    answers or of dialogues with their questions, or rollouts. None for anything else, and where every group
+    was lost. Each quantity has ``lengths``, ``budget`` and the setting that ``limit``s it; ``sequence`` is a
+    prompt with one completion, ``group`` a prompt with all of its completions, ``question`` a prompt with the
+    opening of its answer, behind which one label is all there is.
     """
     cut = dropped = None
     if isinstance(item, Rollouts):
@@ -42,6 +43,8 @@ def step_lengths(item: object, config: Config) -> dict[str, Any] | None:
         reasons = [c.finish_reason for _, group in kept for c in group.completions]
         cut = sum(reason == "length" for reason in reasons)
         dropped = sum(prompt.num_dropped_turns > 0 for prompt, _ in kept)
+    elif isinstance(item, Batch) and (asked := _questions(item.items)):
+        return _quantities({"question": (asked, "batch.row_tokens", config.batch.row_tokens)}, config)
     elif isinstance(item, Batch):
         pairs = _examples(item.items)
         prompts = [len(prompt) for prompt, _ in pairs]
@@ -63,14 +66,19 @@ def step_lengths(item: object, config: Config) -> dict[str, Any] | None:
     if isinstance(item, Rollouts) and config.rl.layout == "shared_prefix":
         groups = [p + sum(row) - 1 for p, row in zip(prompts, completions, strict=True)]
         quantities["group"] = (groups, "batch.row_tokens", config.batch.row_tokens)
+    return _quantities(quantities, config) | {"completions_cut": cut, "prompts_with_dropped_turns": dropped}
+
+
+def _quantities(found: Mapping[str, tuple[list[int], str, int]], config: Config) -> dict[str, Any]:
+    """``found``: quantity -> lengths, the setting that limits them, its value."""
     return {
         "quantities": {
             name: {"limit": limit, "budget": budget, "lengths": lengths}
-            for name, (lengths, limit, budget) in quantities.items()
+            for name, (lengths, limit, budget) in found.items()
         },
         "micro_batch_tokens": config.batch.micro_rows * config.batch.row_tokens,
-        "completions_cut": cut,
-        "prompts_with_dropped_turns": dropped,
+        "completions_cut": None,
+        "prompts_with_dropped_turns": None,
     }
 
 
@@ -172,6 +180,12 @@ def _examples(items: Sequence[Any]) -> list[tuple[Sequence[int], Sequence[int]]]
         return list(items)
     answers = [answer for item in items if isinstance(item, list) for answer in item]
     return [(one.prompt_ids, one.completion_ids) for one in answers if isinstance(one, Answered)]
+
+
+def _questions(items: Sequence[Any]) -> list[int]:
+    """Tokens of every question, dialogue after dialogue; none of other items."""
+    asked = [one for item in items if isinstance(item, tuple) for one in item]
+    return [len(one.prompt_ids) for one in asked if isinstance(one, Question)]
 
 
 def _is_pair(item: object) -> bool:

@@ -9,7 +9,7 @@ from rich.console import Console
 from selfemo_jax import lengths
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import load_config
-from selfemo_jax.data.label_rows import Answered
+from selfemo_jax.data.label_rows import Answered, Question
 from selfemo_jax.data.pipeline import Batch
 from selfemo_jax.data.prompts import Prompt
 from selfemo_jax.rollout.engine import Completion, Group, Request
@@ -77,6 +77,21 @@ def test_answers_are_counted_dialogue_after_dialogue():
     found = lengths.step_lengths(batch, config())
     got = {name: q["lengths"] for name, q in found["quantities"].items()}
     assert got == {"prompt": [9, 12, 7], "completion": [4, 5, 6], "sequence": [12, 16, 12]}
+
+
+def test_questions_are_counted_dialogue_after_dialogue(tmp_path):
+    def question(length: int) -> Question:
+        return Question(dataset="a", prompt_ids=(1,) * length, label=0, window=("d1", 0))
+
+    batch = Batch(items=((question(9), question(12)), (question(7),)), state={})
+    found = lengths.step_lengths(batch, config())
+    assert found["quantities"] == {
+        "question": {"limit": "batch.row_tokens", "budget": 128, "lengths": [9, 12, 7]}
+    }
+    content = lengths.report("labels", 1, found)
+    assert content["quantities"]["question"]["max"] == 12 and lengths.table(content).row_count == 1
+    lengths.save(tmp_path, "00_labels", content)
+    assert (tmp_path / "00_labels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_has_no_lengths_gives_none():
