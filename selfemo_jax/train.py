@@ -90,7 +90,7 @@ def label_rows(run: Run, phase: Phase) -> None:
         state, metrics = label_update(
             steps, state, batch.items, run.config, step=step, rate=rate, where=where, timer=run.timer
         )
-        run.end_step(phase, step, state, metrics | {"lr": rate}, batch.state)
+        run.end_step(phase, step, state, metrics | batch.counts() | {"lr": rate}, batch.state)
     run.finish(phase, state)
 
 
@@ -114,7 +114,7 @@ def supervised(run: Run, phase: Phase) -> None:
         state, metrics = sft_update(
             steps, state, batch.items, config, rate=rate, where=where, timer=run.timer
         )
-        run.end_step(phase, step, state, metrics | {"lr": rate}, batch.state)
+        run.end_step(phase, step, state, metrics | batch.counts() | {"lr": rate}, batch.state)
     run.finish(phase, state)
 
 

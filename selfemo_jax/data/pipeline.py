@@ -7,7 +7,8 @@ source. The iterator's whole state is the index of the next batch.
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ class Batch:
 
     items: tuple[Any, ...]
     state: Mapping[str, Any]
+    datasets: tuple[str, ...] = ()
+    """Data set of every input behind the items."""
+
+    def counts(self) -> dict[str, float]:
+        """``data/SET``: inputs of each data set, as a metric of the step."""
+        found = Counter(self.datasets)
+        return {f"data/{name}": float(found[name]) for name in sorted(found)}
 
 
 def mixture_weights(
@@ -90,7 +98,8 @@ def input_stream(
         ]
         parts.append((grain.MapDataset.concatenate(stages) if len(stages) > 1 else stages[0]).repeat())
     mixed = grain.MapDataset.mix(parts, [weights[name] for name in names]) if len(parts) > 1 else parts[0]
-    dataset = mixed[shard[0] :: shard[1]].map(encode).batch(batch_size, batch_fn=tuple).to_iter_dataset()
+    named = mixed[shard[0] :: shard[1]].map(lambda item: (encode(item), tuple(datasets_of(item))))
+    dataset = named.batch(batch_size, batch_fn=tuple).to_iter_dataset()
     if num_workers:
         from absl import flags
 
@@ -103,8 +112,16 @@ def input_stream(
     if state is not None:
         iterator.set_state(dict(state))
     while True:
-        items = next(iterator)
-        yield Batch(items=items, state=iterator.get_state())
+        items, sets = zip(*next(iterator), strict=True)
+        yield Batch(items=items, state=iterator.get_state(), datasets=tuple(itertools.chain(*sets)))
+
+
+def datasets_of(item: Any) -> Iterable[str]:
+    """Data set of each input in an item of training: a sample, an example, or the tuple of those of a
+    dialogue."""
+    if isinstance(item, Sample):
+        return [item.dataset]
+    return [name for part in item for name in datasets_of(part)] if isinstance(item, tuple) else []
 
 
 def _stages(items: Sequence[Any], difficulty: Callable[[Any], float] | None) -> list[Sequence[Any]]:

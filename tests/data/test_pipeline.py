@@ -9,7 +9,10 @@ from collections import Counter
 
 import pytest
 
+from selfemo_jax.data.curriculum import root_of
+from selfemo_jax.data.dialogues import IEMOCAP, MELD
 from selfemo_jax.data.pipeline import input_stream, mixture_weights, with_floor
+from tests.fabricated import sample
 
 ONE = {"a": range(10)}
 TWO = {"a": range(100), "b": range(100, 130)}
@@ -38,6 +41,21 @@ def test_items_are_encoded_and_come_in_whole_batches():
     batches = take(stream(encode=lambda n: n * 2), 5)
     assert all(len(batch.items) == 4 for batch in batches)
     assert {item % 2 for batch in batches for item in batch.items} == {0}
+
+
+def test_batches_count_their_inputs_by_data_set():
+    def of(labels):
+        return [sample(n, labels=labels, gold={}) for n in range(8)]
+
+    examples = {"meld": [(s, None) for s in of(MELD)], "iemocap": [(s, (1, 2)) for s in of(IEMOCAP)]}
+    (batch,) = take(stream(examples, {"meld": 0.75, "iemocap": 0.25}, root_of, batch_size=8), 1)
+    assert batch.counts() == {"data/iemocap": 2.0, "data/meld": 6.0}
+    # The inputs of dialogues are counted one by one.
+    dialogues = {"meld": [tuple(of(MELD)), tuple(of(MELD)[:3])]}
+    (batch,) = take(stream(dialogues, {"meld": 1.0}, len, batch_size=2), 1)
+    assert sorted(batch.items) == [3, 8] and batch.counts() == {"data/meld": 11.0}
+    (batch,) = take(stream(), 1)
+    assert batch.counts() == {}
 
 
 def test_every_item_is_seen_once_in_each_pass_in_a_new_order():
