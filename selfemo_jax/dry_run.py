@@ -11,6 +11,7 @@ from selfemo_jax.config_check import parse_keep
 from selfemo_jax.label_phase import training_dialogues
 from selfemo_jax.model.sharding import placements
 from selfemo_jax.parts import Parts, build_parts
+from selfemo_jax.run_checks import check_run
 from selfemo_jax.run_data import RunData, doubts, load_data
 from selfemo_jax.run_inputs import cold_inputs, example_dialogues, phase_examples
 
@@ -23,6 +24,7 @@ def describe(config: Config) -> None:
     console = Console(highlight=False, width=140)
     parts = build_parts(config)
     data = load_data(config)
+    check_run(config, parts, data)
     for notice in (*parts.notices, *doubts(data)):
         console.print(notice, markup=False)
     num_inputs = sum(map(len, data.train.values()))

@@ -11,8 +11,9 @@ from selfemo_jax.config_io import Command
 from selfemo_jax.distributed import is_first, joined, launch_of, tell_others
 from selfemo_jax.parts import build_parts
 from selfemo_jax.run import Run
+from selfemo_jax.run_checks import check_prompts, check_run
 from selfemo_jax.run_data import doubts, load_data
-from selfemo_jax.run_experts import ask_experts
+from selfemo_jax.run_experts import ask_experts, needs_experts
 from selfemo_jax.run_hosts import check_hosts
 from selfemo_jax.run_resume import Stopped, resumes, settings_of, settings_restored_on_error
 from selfemo_jax.runlog import RunLog
@@ -30,6 +31,7 @@ def _opened(config: Config, command: Command) -> Iterator[Run]:
     parts = build_parts(config)
     data = load_data(config)
     check_hosts(config, data)
+    check_run(config, parts, data)
     resume = resumes(config.run_dir, command.resume)
     kept = settings_of(config.run_dir)
     hashes = {"inputs": data.fingerprint}
@@ -42,6 +44,9 @@ def _opened(config: Config, command: Command) -> Iterator[Run]:
             )
         with settings_restored_on_error(kept):
             data = ask_experts(config, parts, data, log.run_dir, log.say)
+            if needs_experts(config):
+                # What they wrote stands in the prompts too.
+                check_prompts(config, parts.codec, data)
             run = Run(config, parts, data, log)
         previous = signal.signal(signal.SIGTERM, run.on_signal)
         try:

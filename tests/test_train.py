@@ -15,7 +15,9 @@ from tests import micro
 STEP = {"step", "phase", "phase_step", "time/step", "perf/tokens_per_s"}
 UPDATE = {"loss", "lr", "grad_norm"}
 REWARD = {"reward/r1", "reward/r2", "reward/total", "group/share_r2_only", "parse/valid"}
-RL = {"kl", "clip_fraction", "rollout_gap/mean", "time/rollout", "time/update"}
+RL = {"kl", "clip_fraction", "rollout_gap/mean"}
+RL |= {f"time/{part}" for part in ("rollout", "reward", "reference", "update")}
+SETS = ("sample_meld", "sample_emorynlp", "sample_iemocap")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,9 @@ def test_every_step_is_a_line_with_the_metrics_of_its_kind(full):
         expected |= RL if line["phase"].startswith("rl") else set()
         assert expected <= line.keys(), (line["phase"], expected - line.keys())
         assert all(value is not None for value in line.values()), line
+    learned = [line for line in lines if line["phase"] == "cold"]
+    for line in learned:
+        assert sum(line.get(f"data/{name}", 0) for name in SETS) == micro.SIZES["cold_start.batch_size"]
     scored = [line for line in lines if line["phase"] == "rl_final"]
     assert all("dev/sample_meld/wf1" in line for line in scored)
 

@@ -24,6 +24,7 @@ from selfemo_jax.data.label_notes import LABEL_NOTES
 
 __all__ = [
     "Prompt",
+    "PromptTooLong",
     "TextCodec",
     "build_messages",
     "build_prompt",
@@ -55,6 +56,12 @@ _HURT = ("sadness", "sad", "disappointed")
 _CROSS = ("anger", "angry", "mad", "frustrated")
 
 
+class PromptTooLong(ValueError):
+    """A prompt does not fit with its last turn alone, for which it needs ``num_tokens``."""
+
+    num_tokens = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     token_ids: tuple[int, ...]
@@ -82,7 +89,7 @@ def build_prompt(
     "dialogue": the name alone); False leaves the theme out too, which is made of the dialogue as well.
     descriptions: say what each label means (`data.label_notes`). What the sample holds `about` the last
     speaker is always told. The oldest turns are dropped to fit `max_tokens`; turns keep their numbers.
-    ValueError if even the last turn does not fit.
+    PromptTooLong if even the last turn does not fit.
     """
     if style not in STYLES:
         raise ValueError(f"prompt style {style!r}: expected one of {', '.join(STYLES)}")
@@ -113,10 +120,12 @@ def build_prompt(
             room -= len(lines[first])
     if first == len(lines):
         needed = len(head) + len(lines[-1]) + len(tail)
-        raise ValueError(
+        error = PromptTooLong(
             f"{sample.id}: the prompt has {needed} tokens with its last turn alone, "
             f"the limit is {max_tokens}; raise data.max_prompt, or use prompt style 'brief'"
         )
+        error.num_tokens = needed
+        raise error
     return Prompt(
         token_ids=(*head, *(token_id for line in lines[first:] for token_id in line), *tail),
         think_open=frame.think_open,

@@ -143,7 +143,7 @@ def stop_for_a_minute(server: int) -> None:
 
     def go_on():
         for pid in members:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 if session_of(pid) == server:
                     os.kill(pid, signal.SIGCONT)
 
