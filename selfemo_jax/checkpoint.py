@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from selfemo_jax.checksums import array_checksums, check_arrays
 from selfemo_jax.config import Config
-from selfemo_jax.config_io import config_folder
+from selfemo_jax.config_io import config_folder, read_config
 from selfemo_jax.distributed import barrier, is_first
 from selfemo_jax.model.adapters import is_adapted, split
 from selfemo_jax.model.config import ModelConfig
@@ -167,17 +167,19 @@ class Found:
     """The settings it was trained with, where it lies in a run; else those of ``configs/evaluate.yaml``."""
     out: Path
     """Where its scores go unless told otherwise."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer where it is another than that of the weights."""
 
     def settings(self, config: Config) -> Config:
         """The settings with this checkpoint as the model, on its own tokenizer."""
-        section = replace(config.model, path=str(self.weights), tokenizer=None)
+        section = replace(config.model, path=str(self.weights), tokenizer=self.tokenizer)
         return replace(config, model=section, rollout=replace(config.rollout, replay=None))
 
 
 def find_checkpoint(folder: str | Path) -> Found:
     """The weights in a run's folder (the best by dev score, else those of its last finished phase with
-    weights), in a phase's folder, or in a converted or Hugging Face folder. ValueError says what was looked
-    for."""
+    weights; of a run that trains nothing those of its base), in a phase's folder, or in a converted or
+    Hugging Face folder. ValueError says what was looked for."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--checkpoint {folder}: no such folder")
@@ -190,12 +192,30 @@ def find_checkpoint(folder: str | Path) -> Found:
     )
     candidates = [folder / "checkpoints" / "best", *(phase / "weights" for phase in reversed(phases))]
     weights = next((path for path in candidates if (path / "config.json").exists()), None)
+    if weights is None and (base := _base_of_untrained(folder)) is not None:
+        return base
     if weights is None:
         raise ValueError(
             f"--checkpoint {folder}: found no config.json, no checkpoints/best and no finished phase with "
             "weights; expected a run, a converted or a Hugging Face folder"
         )
     return Found(weights=weights, config_file=folder / "config.yaml", out=folder / "eval")
+
+
+def _base_of_untrained(folder: Path) -> Found | None:
+    """The base model of a run that trains nothing (`phases: none`); None for any other folder."""
+    config_file = folder / "config.yaml"
+    config = read_config(config_file) if config_file.exists() else None
+    if config is None or config.phases != "none":
+        return None
+    if config.model.path is None:
+        raise ValueError(
+            f"--checkpoint {folder}: this run trains nothing (phases none) and its base has random weights "
+            "(model.path null), which are in no folder; its scores are in eval/. Name a run that trained, or "
+            "start a run with model.path"
+        )
+    weights, tokenizer = Path(config.model.path), config.model.tokenizer
+    return Found(weights=weights, config_file=config_file, out=folder / "eval", tokenizer=tokenizer)
 
 
 def _config_above(folder: Path) -> Path:

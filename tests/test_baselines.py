@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from selfemo_jax.config_io import config_folder, parse_config, read_config
+from selfemo_jax import evaluate
+from selfemo_jax.checkpoint import find_checkpoint
+from selfemo_jax.config_io import config_folder, parse_config, read_config, to_yaml
 from selfemo_jax.phases import plan
 from tests import micro
 
@@ -76,6 +79,32 @@ def test_zero_shot_scores_the_base_policy_and_trains_nothing(tmp_path):
     found = json.loads((run / "eval" / "dev.json").read_text())["sets"]
     assert final["global_step"] == 0 and found["sample_meld"]["num"] > 0
     assert micro.run(run, *micro.settings(phases="none"), "--resume") == 2, "there is nothing to go on with"
+    written = (run / "eval" / "dev_predictions.jsonl").read_bytes()
+    words = [f"--checkpoint={run}", "--split=dev", f"--out={tmp_path / 'again'}"]
+    assert evaluate.main(words) == 0
+    assert (tmp_path / "again" / "dev_predictions.jsonl").read_bytes() == written
+
+
+def untrained(folder, phases="none", **model):
+    """The folder of a run that ended without weights."""
+    config = parse_config({"phases": phases, "model": model, "flywheel": {"retrain": {"init": "cold"}}})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "metrics.jsonl").touch()
+    return folder
+
+
+def test_a_run_that_trains_nothing_stands_for_its_base_model_and_tokenizer(tmp_path):
+    found = find_checkpoint(untrained(tmp_path, path="some/base", tokenizer="some/tokenizer"))
+    assert (found.weights, found.out) == (Path("some/base"), tmp_path / "eval")
+    model = found.settings(read_config(found.config_file)).model
+    assert (model.path, model.tokenizer) == ("some/base", "some/tokenizer")
+
+
+def test_a_run_without_any_weights_says_why(tmp_path, capsys):
+    assert evaluate.main([f"--checkpoint={untrained(tmp_path)}"]) == 2
+    assert "trains nothing (phases none) and its base has random weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no finished phase with weights"):
+        find_checkpoint(untrained(tmp_path, phases="all", path="some/base"))
 
 
 def test_supervised_baselines_end_after_the_cold_start_and_choose_by_dev(tmp_path):
