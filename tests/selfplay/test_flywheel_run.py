@@ -63,6 +63,20 @@ def test_a_verifier_judges_inside_a_run(tmp_path):
         assert kept or record["reason"] == "verifier"
 
 
+def test_synthetic_inputs_change_the_first_update_after_the_harvest(tmp_path):
+    assert micro.run(tmp_path, *micro.settings(flywheel__n_syn=0)) == 0
+    report = json.loads((tmp_path / "phases" / "02_harvest_1" / "harvest.json").read_text())
+    assert report["training"] == 0 and report["accepted"] == report["left_out"]["cap"] >= 1
+    lines, without = micro.untimed(micro.full_run()), micro.untimed(tmp_path)
+    # Up to the last phase nothing tells the two runs apart.
+    before = [line for line in lines if line["phase"] != "rl_final"]
+    assert before == without[: len(before)]
+    first, other = lines[len(before)], without[len(before)]
+    assert (first["phase"], first["phase_step"]) == (other["phase"], other["phase_step"]) == ("rl_final", 1)
+    assert first["data/synthetic"] > 0 and other.get("data/synthetic", 0) == 0
+    assert first["loss"] != other["loss"]
+
+
 def test_a_run_that_somebody_writes_is_refused(tmp_path, capsys):
     with Store(tmp_path / "flywheel.jsonl"):
         assert micro.run(tmp_path, *micro.settings()) == 2
