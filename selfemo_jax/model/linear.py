@@ -50,7 +50,12 @@ def _matmul_backward(residuals, g):
     # XLA:CPU copies the first factor transposed, slowly: that is the narrower of the two.
     over_rows = ((rows, rows), ((), ()))
     wide_input = x.shape[-1] > g.shape[-1]
-    dw = _product(narrow, x, over_rows, g.dtype).T if wide_input else _product(x, narrow, over_rows, g.dtype)
+    # Behind the barrier XLA cannot make one product of both, of a form that it has no kernel for in bfloat16.
+    apart = lax.optimization_barrier if narrow.dtype != g.dtype else lambda product: product
+    if wide_input:
+        dw = apart(_product(narrow, x, over_rows, g.dtype)).T
+    else:
+        dw = _product(x, narrow, over_rows, g.dtype)
     # Summed in float32 where the types differ; the cast to the weight's type is the last step.
     return dx, dw.astype(w.dtype)
 

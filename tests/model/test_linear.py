@@ -89,3 +89,26 @@ def test_a_narrow_weight_keeps_wide_activations_and_float32_sums():
     expected = jnp.einsum("btd,bte->de", rounded, narrow)
     np.testing.assert_allclose(dw.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
     assert float(jnp.abs(out - x @ wide).max()) > 1e-3
+
+
+@pytest.mark.parametrize("wide, narrow", [(256, 96), (96, 256), (576, 192)])
+def test_gradients_of_stacked_layers_run_with_bfloat16_products(wide, narrow):
+    """XLA merges a transposed weight gradient with its product unless it is kept from it, and what comes out has
+    no kernel in bfloat16 on a CPU."""
+
+    def layer(x, weights):
+        first, second = (weight.astype(jnp.bfloat16) for weight in weights)
+        return x + matmul(matmul(x, first), second), None
+
+    def add_gradients(total, weights, x):
+        found = jax.grad(lambda weights: (jax.lax.scan(layer, x, weights)[0] ** 2).sum())(weights)
+        return jax.tree.map(jnp.add, total, found)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = (
+        jax.random.normal(keys[0], (3, wide, narrow)) / wide,
+        jax.random.normal(keys[1], (3, narrow, wide)) / narrow,
+    )
+    x = jax.random.normal(keys[2], (1, 64, wide))
+    total = jax.jit(add_gradients, donate_argnums=0)(jax.tree.map(jnp.zeros_like, weights), weights, x)
+    assert all(bool(jnp.isfinite(leaf).all()) and bool((leaf != 0).any()) for leaf in total)
