@@ -93,8 +93,8 @@ def test_a_narrow_weight_keeps_wide_activations_and_float32_sums():
 
 @pytest.mark.parametrize("wide, narrow", [(256, 96), (96, 256), (576, 192)])
 def test_gradients_of_stacked_layers_run_with_bfloat16_products(wide, narrow):
-    """XLA merges a transposed weight gradient with its product unless it is kept from it, and what comes out has
-    no kernel in bfloat16 on a CPU."""
+    """XLA merges a transposed weight gradient with its product unless it is kept from it, and for what comes
+    out a CPU has no kernel in bfloat16."""
 
     def layer(x, weights):
         first, second = (weight.astype(jnp.bfloat16) for weight in weights)
