@@ -204,6 +204,7 @@ class Run:
         return rollout_stream(
             self.engine, turn.batches(self.encode_input, after=after), self.requests_of(phase), self.sampling,
             first=max(turn.first, after + 1), last=turn.last, ahead=0, max_lost=self.config.rollout.max_lost,
+            tell=self.log.say,
         )  # fmt: skip
 
     def requests_of(self, phase: Phase) -> Callable[[int, Batch], tuple[Request, ...]]:

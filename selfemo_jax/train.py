@@ -137,6 +137,7 @@ def self_grpo(run: Run, phase: Phase) -> None:
     stream = rollout_stream(
         run.engine, batches, run.requests_of(phase), run.sampling,
         first=at.step + 1, last=total, ahead=config.rollout.overlap, max_lost=config.rollout.max_lost,
+        tell=run.log.say,
     )  # fmt: skip
     for step, rollouts in run.watch(phase, stream):
         with run.timer("reward"):

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -43,6 +43,10 @@ class Rollouts:
         return tuple(prompt for _, prompt in self.batch.items)
 
 
+TOLD_EVERY = 30.0
+"""Seconds between two lines about the sampling of one step."""
+
+
 class LostGroupsError(RolloutError):
     """More groups of a step were lost than `rollout.max_lost` allows."""
 
@@ -68,11 +72,34 @@ def make_requests(
     )
 
 
-def generate_groups(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> tuple[Group, ...]:
-    """All groups in the order of their requests; one that never came is an error group."""
-    groups = {group.request_id: group for group in engine.generate(requests, sampling)}
+def generate_groups(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Group, ...]:
+    """All groups in the order of their requests; one that never came is an error group. ``tell`` hears how
+    far it is, every half minute."""
+    answers = _told(engine.generate(requests, sampling), len(requests), tell)
+    groups = {group.request_id: group for group in answers}
     lost = "the engine gave no answer"
     return tuple(groups.get(r.id, Group(request_id=r.id, error=lost)) for r in requests)
+
+
+def _told(groups: Iterable[Group], total: int, tell: Callable[[str], None] | None) -> Iterator[Group]:
+    began = last = time.perf_counter()
+    num_tokens = 0
+    for number, group in enumerate(groups, start=1):
+        num_tokens += sum(len(completion.token_ids) for completion in group.completions)
+        yield group
+        now = time.perf_counter()
+        if tell and now - last >= TOLD_EVERY and number < total:
+            last = now
+            tell(
+                f"sampling: {number} of {total} groups, {num_tokens / (now - began):,.0f} tokens/s, eta "
+                f"{(now - began) / number * (total - number):.0f} s"
+            )
 
 
 def rollout_stream(
@@ -85,20 +112,22 @@ def rollout_stream(
     last: int,
     ahead: int,
     max_lost: float,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Rollouts]]:
     """Steps ``first`` to ``last`` (counted from 1).
 
     With ``ahead`` 0 each is sampled with the policy as it is then. Else the requests of the next ``ahead``
     steps are with the engine while a step is trained, so that a step is sampled by a policy up to ``ahead``
     updates older; an engine in this process shares the devices with the trainer, so there it is 0.
-    LostGroupsError when more than ``max_lost`` of a step's groups are lost.
+    LostGroupsError when more than ``max_lost`` of a step's groups are lost. Of a step that takes long,
+    ``tell`` hears how far its sampling is.
     """
     steps = iter(range(first, last + 1))
     if ahead == 0:
         for step in steps:
             batch = next(batches)
             requests = requests_of(step, batch)
-            groups = generate_groups(engine, requests, sampling)
+            groups = generate_groups(engine, requests, sampling, tell=tell)
             _check_lost(step, groups, max_lost)
             yield step, Rollouts(batch=batch, requests=requests, groups=groups)
         return

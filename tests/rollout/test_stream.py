@@ -5,6 +5,7 @@ import time
 import pytest
 
 from selfemo_jax.data.pipeline import Batch
+from selfemo_jax.rollout import stream as stream_module
 from selfemo_jax.rollout.engine import Completion, Group, Sampling
 from selfemo_jax.rollout.stream import (
     LostGroupsError,
@@ -101,6 +102,16 @@ def test_a_group_that_never_came_is_an_error_in_its_place():
     groups = generate_groups(Backwards(silent=(1,)), asked, SAMPLING)
     assert groups[1] == Group(request_id=asked[1].id, error="the engine gave no answer")
     assert [g.error is None for g in groups] == [True, False, True, True]
+
+
+def test_long_sampling_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(stream_module, "TOLD_EVERY", 0.0)
+    said = []
+    generate_groups(Backwards(), requests(), SAMPLING, tell=said.append)
+    assert [line.split(",")[0] for line in said] == [f"sampling: {n} of 4 groups" for n in (1, 2, 3)]
+    monkeypatch.setattr(stream_module, "TOLD_EVERY", 30.0)
+    generate_groups(Backwards(), requests(), SAMPLING, tell=said.append)
+    assert len(said) == 3
 
 
 def stream(engine, *, max_lost=0.0, first=1, last=3):
