@@ -91,8 +91,8 @@ class StateStore:
         # Orbax and tensorstore have many words for a file that is missing, cut or overwritten.
         except Exception as error:
             raise ValueError(
-                f"{self._folder / str(global_step)}: the state cannot be read: {error!s:.300}; copy it anew, or "
-                "remove the folder to go on from an older one"
+                f"{self._folder / str(global_step)}: the state cannot be read: {error!s:.300}; copy it anew, "
+                "or remove the folder to go on from an older one"
             ) from error
 
     def wait(self) -> None:
