@@ -24,6 +24,7 @@ def validate(config: Config, *, where: str = "settings") -> None:
         *_objective(config),
         *_sampling(config),
         *_lora(config),
+        *_cold_start(config),
         *_phases(config),
         *expert_problems(config.expert, config.persona, config.cold_start),
         *_flywheel(config),
@@ -226,6 +227,17 @@ def _lora(config: Config) -> Iterator[str]:
             f"lora.rank is {lora.rank} and model.freeze names weights: with adapters all of the base is "
             "frozen; leave model.freeze out, and name in lora.targets what has an adapter"
         )
+
+
+def _cold_start(config: Config) -> Iterator[str]:
+    cold = config.cold_start
+    if cold.whole_answers < 1 and cold.rows != "dialogues":
+        yield (
+            f"cold_start.whole_answers is {cold.whole_answers} and cold_start.rows is {cold.rows}: examples "
+            "are learned whole; set cold_start.rows to dialogues"
+        )
+    if cold.whole_answers == 0 and cold.source != "none":
+        yield "cold_start.whole_answers is 0: no answer would show its form; expected above 0"
 
 
 def _phases(config: Config) -> Iterator[str]:

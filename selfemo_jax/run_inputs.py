@@ -218,18 +218,24 @@ def example_encoder(codec: TextCodec, config: Config, table: LabelTable | None) 
 def encode_dialogue(
     examples: Sequence[Example], codec: TextCodec, config: Config, *, table: LabelTable
 ) -> list[Answered]:
-    """The examples of a dialogue as sequences that share what their prompts have in common."""
+    """The examples of a dialogue as sequences that share what their prompts have in common; human-made ones
+    that are not among `cold_start.whole_answers` end with their label."""
     answered = []
     for example in examples:
         prompt, completion = encode_example(example, codec, config)
         sample, opening = example[0], table.opening(example[0].dataset)
         dropped = encode_input(sample, codec, config)[1].num_dropped_turns
+        label_at = len(opening) if completion[: len(opening)] == opening else None
+        drawn = random.Random(f"whole/{config.seed}/{sample.id}").random()
+        whole = drawn < config.cold_start.whole_answers or example[1] is not None
+        if label_at is not None and not whole:
+            completion = completion[: label_at + 1]
         answered.append(
             Answered(
                 prompt_ids=prompt,
                 completion_ids=completion,
                 window=(sample.root_id, dropped),
-                label_at=len(opening) if completion[: len(opening)] == opening else None,
+                label_at=label_at,
             )
         )
     return answered

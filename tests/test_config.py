@@ -263,6 +263,11 @@ def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
     assert "no cold start to begin from" in problems(cold_start={"source": "none"})
 
 
+def test_answers_cut_at_their_label_need_rows_of_dialogues_and_some_whole_ones():
+    assert "set cold_start.rows to dialogues" in problems(cold_start={"whole_answers": 0.5})
+    assert "above 0" in problems(cold_start={"whole_answers": 0.0, "rows": "dialogues"})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

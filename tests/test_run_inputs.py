@@ -11,10 +11,13 @@ from selfemo_jax import run_inputs
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD
 from selfemo_jax.data.grammar import parse
 from selfemo_jax.data.inputs import Reference
+from selfemo_jax.data.label_rows import Answered, label_table
 from selfemo_jax.data.pipeline import input_stream
 from selfemo_jax.phases import Phase
 from selfemo_jax.run_inputs import (
     SYNTHETIC,
+    Example,
+    encode_dialogue,
     encode_example,
     encode_input,
     opening_inputs,
@@ -144,6 +147,27 @@ def test_a_cold_start_target_is_the_gold_the_next_label_and_the_next_turn():
     said = parse(codec().decode(ids[:-1]), inventory=MELD.labels)
     assert said.valid and said.emotion == (("fear", 0.9), ("anger", 0.4))
     assert (said.self_emotion, said.response) == ((("joy", 1.0),), "I can row.")
+
+
+def test_answers_that_are_not_whole_end_with_their_label_and_are_drawn_by_the_seed():
+    examples = [(one, None) for one in originals(40)]
+    table = label_table({"meld": MELD.labels}, codec(), thinking=False)
+
+    def encoded(share: float, seed: int = 0, own: Example | None = None) -> list[Answered]:
+        config = settings(seed=seed, cold_start={"rows": "dialogues", "whole_answers": share})
+        return encode_dialogue([own] if own else examples, codec(), config, table=table)
+
+    whole, some = encoded(1.0), encoded(0.4)
+    cut = [answer for answer in some if answer not in whole]
+    assert 14 <= len(cut) <= 34 and some == encoded(0.4) != encoded(0.4, seed=1)
+    for (one, _), before, after in zip(examples, whole, some, strict=True):
+        assert before.label_at is not None
+        ends = before.label_at + 1 if after in cut else len(before.completion_ids)
+        assert after.completion_ids == before.completion_ids[:ends] and after.prompt_ids == before.prompt_ids
+        assert after.completion_ids[before.label_at] == table.token_ids[table.index("meld", *one.gold)]
+    # What the policy or an expert wrote is learned as it was written.
+    (written,) = encoded(0.01, own=(originals(1)[0], whole[0].completion_ids))
+    assert written.completion_ids == whole[0].completion_ids
 
 
 def test_cold_start_num_is_shared_by_the_data_sets_and_fixed_by_the_seed():

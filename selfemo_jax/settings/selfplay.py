@@ -61,6 +61,9 @@ class ColdStart:
     their prompts have in common."""
     label_weight: Positive = 1.0
     """Weight of the token that tells the emotion label apart, where any other token has 1; rows dialogues."""
+    whole_answers: Share = 1.0
+    """Share of the human-made answers that are learned to their end, drawn by the seed; the others end with
+    the token that tells their label apart, which costs far fewer tokens; below 1 with rows dialogues."""
     labels: LabelRows = field(default_factory=LabelRows)
     """A phase before the cold start, on labels alone."""
 
