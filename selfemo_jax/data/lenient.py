@@ -44,7 +44,7 @@ FORMS = (
 )
 FORM_OF = {word: row for row, words in enumerate(FORMS) for word in words}
 
-# The spellings that InstructERC prompts with and matches, by our lower-case label.
+# The spellings that InstructERC prompts with and matches, by our lower-case label where they differ.
 _INSTRUCTERC_SPELLING = {
     "meld": {"sadness": "sad", "joy": "joyful", "anger": "angry"},
     "emorynlp": {
@@ -175,14 +175,16 @@ def _word_pattern(dataset: str, inventory: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _instructerc_label(text: str, dataset: str, inventory: tuple[str, ...]) -> str:
-    """First label that is a substring, in the case they print; else the one at the least edit distance."""
+    """First label that is a substring, in the case they print or as our prompt asks for it; else the one at
+    the least edit distance."""
     output = _emotion_field(text, "</think>" in text and "<think>" not in text)
     if output is None:
         output = (
             text[text.rfind("</think>") + len("</think>") :].strip() if "</think>" in text else text.strip()
         )
-    output = output[:MAX_FIELD]
     spelling = _INSTRUCTERC_SPELLING.get(dataset.lower(), {})
+    # Our prompts ask for the set's own labels in lower case, which their matching would not know.
+    output = re.sub(r"\w+", lambda word: spelling.get(word[0], word[0]), output[:MAX_FIELD])
     names = {spelling.get(label.lower(), label.lower()): label.lower() for label in inventory}
     hits = [(output.find(name), -len(name), name) for name in names if name in output]
     if hits:

@@ -369,3 +369,17 @@ def test_instructerc_scoring_never_leaves_an_answer_invalid(text, dataset, inven
     assert parse_lenient(text, dataset=dataset, inventory=inventory, scoring="instructerc") == (
         (expected, 1.0),
     )
+
+
+def test_instructerc_scoring_knows_the_labels_as_our_prompt_asks_for_them():
+    for dataset, inventory in (("meld", MELD), ("emorynlp", EMORY), ("iemocap", IEMOCAP)):
+        for label in inventory:
+            assert _instructerc(answer(f"{label}:1.00"), dataset, inventory) == label
+            for other in set(inventory) - {label}:
+                found = _instructerc(answer(f"{label}:0.70, {other}:0.20"), dataset, inventory)
+                assert found == label, (dataset, label, other)
+
+
+def _instructerc(text, dataset, inventory):
+    ((label, _),) = parse_lenient(text, dataset=dataset, inventory=inventory, scoring="instructerc")
+    return label
