@@ -34,6 +34,8 @@ from selfemo_jax.rollout.slots import (
 )
 
 _MAX_UNROLLED = 8
+# XLA:CPU copies what is sliced out of a stack, and widens all of a bfloat16 stack to float32 for it.
+_MAX_UNROLLED_CPU = 48
 _STOP_IDS_MULTIPLE = 8
 
 
@@ -80,8 +82,8 @@ class JaxEngine:
         time; completion caches grow from ``completion_bucket`` columns by doubling; the host looks at the
         rows every ``chunk`` tokens. ``decode_layout`` ``replicate`` keeps whole weights (up to tp) on every
         data row of the mesh, ``shard`` leaves them split over fsdp. ``unroll`` compiles each layer by itself:
-        by default up to 8 layers. ``share_prompts`` prefills once what prompts of a growing dialogue have in
-        common. ValueError where tp does not divide the model.
+        by default up to 8 layers, on a CPU up to 48. ``share_prompts`` prefills once what prompts of a
+        growing dialogue have in common. ValueError where tp does not divide the model.
         """
         self._config, self._compute = config, compute
         self._mesh = make_mesh({}) if mesh is None else mesh
@@ -96,7 +98,9 @@ class JaxEngine:
         self._max_rows = -(-max_rows // self._multiple) * self._multiple
         self._prompt_multiple, self._completion_bucket = prompt_multiple, completion_bucket
         self._chunk, self._prefill_tokens, self._share_prompts = chunk, prefill_tokens, share_prompts
-        unroll = config.num_layers <= _MAX_UNROLLED if unroll is None else unroll
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        deepest = _MAX_UNROLLED_CPU if on_cpu else _MAX_UNROLLED
+        unroll = config.num_layers <= deepest if unroll is None else unroll
         # A single layer cannot be looped over.
         self._programs: Programs = programs(
             config,

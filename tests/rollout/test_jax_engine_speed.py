@@ -1,5 +1,6 @@
 """What the engine must not pay for: finished rows, repeated prefills, compilation of shapes it has seen."""
 
+import dataclasses
 import time
 
 import jax
@@ -115,9 +116,8 @@ def test_stats_add_up_and_each_prompt_is_prefilled_once_per_group():
     assert (stats.num_compilations > 0) == (stats.compile_seconds > 0)
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_no_step_copies_a_whole_cache(unroll):
-    engine = make_engine(unroll=unroll)
+def compiled_step(engine: JaxEngine):
+    """The decode step of 4 x 2 rows, and the shapes of its caches."""
     slots, width, columns, chunk = 4, 2, 40, 4
     prompts, caches = engine._programs.empty(slots=slots, width=width, prompt_length=24, length=columns)
     rows = {name: np.zeros((slots, width), np.int32) for name in ("token", "count")}
@@ -135,7 +135,23 @@ def test_no_step_copies_a_whole_cache(unroll):
         top_k=0,
         top_p=1.0,
     ).compile()
-    shapes = {f"= f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves((prompts, caches))}
-    lines = [line for line in compiled.as_text().splitlines() if any(shape in line for shape in shapes)]
+    return compiled.as_text(), {x.shape for x in jax.tree.leaves((prompts, caches))}
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_no_step_copies_a_whole_cache(unroll):
+    text, caches = compiled_step(make_engine(unroll=unroll))
+    shapes = {f"= f32[{','.join(map(str, shape))}]" for shape in caches}
+    lines = [line for line in text.splitlines() if any(shape in line for shape in shapes)]
     assert lines
     assert [line for line in lines if " copy(" in line] == []
+
+
+@pytest.mark.parametrize(("unroll", "widened"), [(None, False), (False, True)])
+def test_a_deep_model_on_a_cpu_reads_its_bfloat16_weights_as_they_are(unroll, widened):
+    deep = dataclasses.replace(COUNTER, num_layers=12)
+    engine = JaxEngine(deep, Compute(product="bfloat16"), unroll=unroll)
+    engine.update_policy(init_params(deep, jax.random.key(0)), version=0)
+    text, _ = compiled_step(engine)
+    assert f"bf16[{deep.embed_dim},{deep.mlp_dim}]" in text
+    assert (f"f32[12,{deep.embed_dim},{deep.mlp_dim}]" in text) == widened
