@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,7 @@ class Clustering:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``study clusters``."""
-    parser.add_argument(
-        "--run", type=Path, help="run whose personas are read: personas.jsonl, else its data's"
-    )
+    parser.add_argument("--run", type=Path, help="run whose personas are read: its experts', else its data's")
     parser.add_argument(
         "--personas", type=Path, help="JSON lines with root, speaker and persona, in place of it"
     )
@@ -108,21 +106,22 @@ def read_personas(path: Path) -> list[Persona]:
 
 
 def personas_of_run(run_dir: Path) -> list[Persona]:
-    """The personas that experts wrote for a run, else those that its data came with."""
-    written = run_dir / "personas.jsonl"
-    if written.exists():
-        records = map(json.loads, written.read_text(encoding="utf-8").splitlines())
-        by_piece = {record["piece"]: record["personas"] for record in records if "personas" in record}
-    else:
-        from selfemo_jax.config_io import read_config
-        from selfemo_jax.run_data import load_data
+    """The personas of a run's training dialogues: those that experts wrote for it, else the data's own.
 
-        if not (run_dir / "config.yaml").exists():
-            raise ValueError(f"--run {run_dir}: no run is there; expected its config.yaml")
-        by_piece = load_data(read_config(run_dir / "config.yaml")).personas
+    One sentence for each speaker of a dialogue, the one that self-play told the policy, however many pieces
+    of the dialogue the experts read.
+    """
+    from selfemo_jax.config_io import read_config
+    from selfemo_jax.run_data import load_data
+    from selfemo_jax.run_personas import with_personas
+
+    if not (run_dir / "config.yaml").exists():
+        raise ValueError(f"--run {run_dir}: no run is there; expected its config.yaml")
+    config = replace(read_config(run_dir / "config.yaml"), run_dir=str(run_dir))
+    by_root = with_personas(config, load_data(config), split="train").personas
     found = [
         Persona(root=root, speaker=speaker, sentence=sentence)
-        for root, personas in by_piece.items()
+        for root, personas in by_root.items()
         for speaker, sentence in personas.items()
     ]
     if not found:

@@ -4,9 +4,14 @@ import json
 
 import pytest
 
+from selfemo_jax.config_io import to_yaml
+from selfemo_jax.experts.panel import Panel
+from selfemo_jax.run_data import load_data
+from selfemo_jax.run_personas import add_personas, persona_pieces
 from selfemo_jax.study import persona_rewards
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.persona_rewards import Clusters, Earned, cluster_rows, read_clusters, rewards_of
+from tests.fabricated import settings
 
 CLUSTERS = Clusters(
     of_persona={("s/train/a", "Ana"): 0, ("s/train/b", "Ben"): 1}, names={0: "calm", 1: "loud"}
@@ -110,3 +115,52 @@ def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, c
     (run / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
     assert main(["personas", str(run), "--clusters", str(folder)]) == 2
     assert "rollout.keep" in capsys.readouterr().err
+
+
+KINDS = ("calm, gentle, patient, soothing and slow", "loud, brash, furious, hotheaded and bitter")
+
+
+def scene(piece) -> str:
+    """What an expert writes of a piece: every speaker is of one of two kinds."""
+    told = {name: f"{name} seems {KINDS[len(name) % 2]}." for name in piece.speakers}
+    return f"I read it.\n```python\n{json.dumps(told | {'Theme': 'an everyday matter'})}\n```"
+
+
+@pytest.mark.parametrize("scope", ["segment", "history"])
+def test_rollouts_find_the_clusters_of_the_personas_that_experts_wrote(scope, tmp_path):
+    """From the experts' answers to the table, through the files that each step leaves."""
+    run, answers = tmp_path / "run", tmp_path / "answers.jsonl"
+    endpoint = {"name": "owl", "kind": "replay", "model": "m", "record": str(answers)}
+    config = settings(
+        # As written down where the run was made; the folder has moved since.
+        run_dir="elsewhere",
+        data={"sets": ["sample/meld"], "max_items": 80},
+        expert={"endpoints": [endpoint]},
+        persona={"source": "expert", "scope": scope, "max_turns": 3},
+    )
+    data = load_data(config)
+    pieces = [piece for piece, _ in persona_pieces(config, data)["train"]]
+    lines = [{"question": piece.id, "text": scene(piece)} for piece in pieces]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "rollouts").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    with Panel(config.expert, tmp_path / "cache.jsonl") as panel:
+        told = add_personas(config, data, panel, run, print).all_train()
+    rollouts = [rollout(one.id, 0.5, dict(one.gold), dict(one.gold)) for one in told]
+    text = "".join(json.dumps(line) + "\n" for line in rollouts)
+    (run / "rollouts" / "step_000001.jsonl").write_text(text)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n')
+
+    assert main(["clusters", "--run", str(run), "--min-cluster-size", "5", "--min-samples", "2"]) == 0
+    assert main(["personas", str(run), "--samples", "100"]) == 0
+    written = (run / "study" / "persona_clusters.jsonl").read_text().splitlines()
+    speakers = [(line["root"], line["speaker"]) for line in map(json.loads, written)]
+    assert len(set(speakers)) == len(speakers), "a speaker counts once in a dialogue"
+    rows = json.loads((run / "study" / "persona_rewards.json").read_text())["clusters"]
+    found = {row["cluster"]: row["rollouts"] for row in rows if not row["cluster"].startswith("mean of")}
+    # One who has not spoken yet is unknown to a history.
+    unknown = sum((one.root_id, one.responder) not in speakers for one in told)
+    assert found.pop("all rollouts") == 80 == sum(found.values())
+    assert found.get(persona_rewards.OTHER[persona_rewards.UNKNOWN], 0) == unknown
+    assert unknown == 0 if scope == "segment" else unknown < 40
+    assert any("patient" in name for name in found) and any("brash" in name for name in found)
