@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfemo_jax.config import Config
-from selfemo_jax.data.audit import decontaminate, scored_parts
+from selfemo_jax.data.audit import SAME_SOURCE, decontaminate, scored_parts
 from selfemo_jax.data.biographies import Biographies, count_lines
 from selfemo_jax.data.dialogues import Corpus, Dialogue, LabelSet, heaviest_label, load_corpora
 from selfemo_jax.data.inputs import Sample, build_inputs, shuffle_gold
@@ -33,6 +33,8 @@ class RunData:
     parts: Mapping[str, str] = field(default_factory=dict)
     """Root dialogue of an evaluation input -> shared, clean, scripted or improvised: the part it is scored in
     beside the whole set, decided before decontamination."""
+    parts_from: tuple[str, ...] = ()
+    """The sets whose training dialogues decided the parts: those of the run and what has the same source."""
     fingerprint: str
     """SHA-256 over every input: a run that is resumed must find the same."""
     report: Mapping[str, Any]
@@ -65,8 +67,10 @@ class RunData:
 def load_data(config: Config) -> RunData:
     """Read the configured sets and build their inputs; the data module's errors say which file and line."""
     corpora = {corpus.label_set.name: corpus for corpus in _corpora(config)}
-    parts = scored_parts(corpora)
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
+    beside, unread = _same_source(config)
+    parts, parts_from = scored_parts(corpora, beside=beside), [*corpora, *(one.name for one in beside)]
+    report["parts"] = {"from": sorted(parts_from), "unread": unread}
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
     report["readers"] = {name: corpus.report.to_json() for name, corpus in sorted(corpora.items())}
@@ -106,6 +110,7 @@ def load_data(config: Config) -> RunData:
         personas=personas,
         majority=majority,
         parts=parts,
+        parts_from=tuple(sorted(parts_from)),
         fingerprint=_fingerprint(train, evaluation),
         report=report,
         dialogues=dialogues,
@@ -120,6 +125,11 @@ def doubts(data: RunData) -> tuple[str, ...]:
     from training, and a split that is not there."""
     readers = data.report["readers"].values()
     told = [line for reader in readers for line in (*reader["warnings"], *reader["leakage"])]
+    unread = data.report["parts"]["unread"]
+    told += [
+        f"{name} cannot be read: the parts shared and clean are not those of runs that have it ({reason})"
+        for name, reason in unread.items()
+    ]
     if not any(data.evaluation.get("dev", {}).values()):
         told.append("the data has no labelled dev utterance: the last policy is scored, not the best by dev")
     return tuple(f"data: {line}" for line in told)
@@ -178,9 +188,24 @@ def by_dataset(samples: Iterable[Sample]) -> dict[str, tuple[Sample, ...]]:
 
 
 def _corpora(config: Config) -> Sequence[Corpus]:
+    return load_corpora(config.data.sets, _root(config), speaker_style=config.data.speaker_style)
+
+
+def _root(config: Config) -> Path | None:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
-    folder = Path(root) if root else None
-    return load_corpora(config.data.sets, folder, speaker_style=config.data.speaker_style)
+    return Path(root) if root else None
+
+
+def _same_source(config: Config) -> tuple[list[Corpus], dict[str, str]]:
+    """The sets that the run does not use but that its own share scenes with; and why one is not at hand."""
+    used, found, unread = set(config.data.sets), [], {}
+    for name in SAME_SOURCE if used & set(SAME_SOURCE) else ():
+        if name not in used:
+            try:
+                found.extend(load_corpora([name], _root(config)))
+            except (ValueError, OSError) as error:
+                unread[name] = str(error)
+    return found, unread
 
 
 def _without_personas(corpus: Corpus) -> Corpus:

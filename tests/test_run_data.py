@@ -8,7 +8,7 @@ import pytest
 
 from selfemo_jax import run_data
 from selfemo_jax.config import Config, DataSection, Reward
-from selfemo_jax.data.dialogues import IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
+from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
 from selfemo_jax.run_data import by_dataset, doubts, fixed_subset, load_data
 from tests.fabricated import sample
 
@@ -57,13 +57,18 @@ def loaded(monkeypatch):
     return load
 
 
+SCENE = ("The ferry leaves at nine in the morning.", "I packed seven coats and one umbrella.", "Good.")
+
+
+def aboard(labels, split: str) -> Dialogue:
+    told = {"labels": {labels.labels[0]: 1.0}}
+    turns = tuple(Turn(speaker=s, text=text, **told) for s, text in zip("ABA", SCENE, strict=True))
+    return Dialogue(dataset=labels.name, split=split, dialogue_id="x", turns=turns)
+
+
 def test_parts_are_those_of_the_data_before_decontamination(loaded):
-    scene = ("The ferry leaves at nine in the morning.", "I packed seven coats and one umbrella.", "Good.")
-    turns = tuple(Turn(speaker=s, text=t, labels={"joy": 1.0}) for s, t in zip("ABA", scene, strict=True))
     found = corpora()["meld"].splits
-    same = [
-        Dialogue(dataset="meld", split=split, dialogue_id="x", turns=turns) for split in ("train", "test")
-    ]
+    same = [aboard(MELD, split) for split in ("train", "test")]
     meld = make_corpus(
         MELD,
         {"train": [*found["train"], same[0]], "dev": found["dev"], "test": [*found["test"], same[1]]},
@@ -75,6 +80,45 @@ def test_parts_are_those_of_the_data_before_decontamination(loaded):
         assert data.parts["meld/test/x"] == "shared"
         assert {s.root_id for split in ("dev", "test") for s in data.split(split)} == data.parts.keys()
         assert set(data.parts.values()) == {"shared", "clean"}
+
+
+def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(monkeypatch):
+    meld = corpora()["meld"].splits
+    there = {
+        "meld": make_corpus(MELD, {**meld, "test": [*meld["test"], aboard(MELD, "test")]}),
+        "emorynlp": make_corpus(
+            EMORYNLP, {split: [aboard(EMORYNLP, split)] for split in ("train", "dev", "test")}
+        ),
+    }
+
+    def read(names, root, **options):
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} does not exist")
+        return tuple(there[name] for name in names)
+
+    monkeypatch.setattr(run_data, "load_corpora", read)
+
+    def load(*names):
+        return load_data(Config(data=DataSection(sets=list(names))))
+
+    both, one = load("meld", "emorynlp"), load("meld")
+    assert one.parts["meld/test/x"] == both.parts["meld/test/x"] == "shared"
+    assert one.parts == {root: part for root, part in both.parts.items() if root.startswith("meld/")}
+    assert one.parts_from == both.parts_from == ("emorynlp", "meld")
+    assert set(one.train) == {"meld"} and doubts(one) == ()
+    del there["emorynlp"]
+    alone = load("meld")
+    assert (alone.parts["meld/test/x"], alone.parts_from) == ("clean", ("meld",))
+    (line,) = doubts(alone)
+    assert line.startswith("data: emorynlp cannot be read: the parts shared and clean are not those of runs")
+
+
+def test_real_meld_alone_has_the_shared_dialogues_of_both_sets(selfemo_data):
+    data = load_data(Config(data=DataSection(sets=["meld"], root=str(selfemo_data))))
+    shared = [root for root, part in data.parts.items() if part == "shared" and "/test/" in root]
+    # Of MELD's own training dialogues 3, of EmoryNLP's 63, and 1 is of both.
+    assert len(shared) == 65
 
 
 def test_a_similarity_of_labels_that_no_set_has_is_refused(monkeypatch):
@@ -241,7 +285,9 @@ def test_the_root_of_the_data_is_the_setting_before_the_environment(monkeypatch)
     load_data(Config(data=DataSection(sets=["meld"])))
     monkeypatch.delenv("SELFEMO_DATA")
     load_data(Config(data=DataSection(sets=["meld"])))
-    assert [root for _, root, _ in seen] == ["from/setting", "from/environment", None]
+    # MELD itself, then EmoryNLP, which decides what of it is shared.
+    roots = ["from/setting", "from/environment", None]
+    assert [root for _, root, _ in seen[::2]] == roots == [root for _, root, _ in seen[1::2]]
     assert seen[0][2] == {"speaker_style": "index"}
 
 

@@ -33,6 +33,8 @@ LONG_PART = 12
 RULES = ("strict", "wide")
 OFFICIAL_OVERLAP = ("iemocap",)
 """Sets whose own splits share their scripts by design: overlap inside them is reported, never dropped."""
+SAME_SOURCE = ("meld", "emorynlp")
+"""Sets cut from the scripts of one series: what one is scored on stands in the other's training data."""
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("'\u2019\u2018", ""))
 _WORD = re.compile(r"[a-z0-9]+")
@@ -157,27 +159,32 @@ def decontaminate(
     return cleaned, report
 
 
-def eval_parts(corpora: Mapping[str, Corpus], *, rule: str = "strict") -> dict[str, str]:
-    """Root id of each dev and test dialogue -> "shared" or "clean".
+def eval_parts(
+    corpora: Mapping[str, Corpus], *, beside: Iterable[Corpus] = (), rule: str = "strict"
+) -> dict[str, str]:
+    """Root id of each dev and test dialogue of the corpora -> "shared" or "clean".
 
-    Shared: some training dialogue of the given corpora holds the same scene. Give the corpora as read, before
-    decontamination, so that systems trained either way are scored on the same parts.
+    Shared: some training dialogue of the corpora, or of those `beside` them, holds the same scene. Give the
+    corpora as read, before decontamination, so that systems trained either way are scored on the same parts.
     """
     evaluation = [dialogue for corpus in corpora.values() for dialogue in _evaluation(corpus)]
-    training = [dialogue for corpus in corpora.values() for dialogue in corpus.splits["train"]]
+    sources = (*corpora.values(), *beside)
+    training = [dialogue for corpus in sources for dialogue in corpus.splits["train"]]
     parts = {root_id(dialogue): "clean" for dialogue in evaluation}
     for pair in shared_dialogues(evaluation, training, rule=rule):
         parts[pair.first] = "shared"
     return parts
 
 
-def scored_parts(corpora: Mapping[str, Corpus]) -> dict[str, str]:
+def scored_parts(corpora: Mapping[str, Corpus], *, beside: Iterable[Corpus] = ()) -> dict[str, str]:
     """Root id of each dev and test dialogue -> the part that its utterances are scored in, beside the whole.
 
     IEMOCAP: "scripted" or "improvised", as its scripts are the same in every session, and most scripted lines
-    of its test part are in its training part. All other sets: "shared" or "clean" by `eval_parts`.
+    of its test part are in its training part. All other sets: "shared" or "clean" by `eval_parts`. Give
+    `beside` what is not trained on but has the same source, so that systems of one set and of several are
+    scored on the same parts.
     """
-    parts = eval_parts(corpora)
+    parts = eval_parts(corpora, beside=beside)
     for corpus in corpora.values():
         if corpus.name == "iemocap":
             for dialogue in _evaluation(corpus):
