@@ -15,7 +15,7 @@ import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,13 @@ def evaluate_splits(
     results = {}
     for split in splits:
         samples, found = data.split(split), {"seconds": 0.0, "note": note, "sets": {}}
+        found["parts_from"] = list(data.parts_from)
         if not samples:
             say(f"{split}: no labelled {NOTHING}")
         if answers is not None:
             started = time.perf_counter()
             predictions = _written(
-                answers.greedy(samples), folder / f"{split}_predictions.jsonl", samples, say
+                answers.greedy(samples), folder / f"{split}_predictions.jsonl", samples, data.parts, say
             )
             found["seconds"] = time.perf_counter() - started
             found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
@@ -118,7 +119,11 @@ def evaluate_splits(
 
 
 def _written(
-    predictions: Iterable[Prediction], path: Path, samples: Sequence[Any], say: Callable[[str], None]
+    predictions: Iterable[Prediction],
+    path: Path,
+    samples: Sequence[Any],
+    parts: Mapping[str, str],
+    say: Callable[[str], None],
 ) -> list[Prediction]:
     """The predictions once all of them are in the file, which has its name only then."""
     part, started = path.with_suffix(".partial"), time.perf_counter()
@@ -126,7 +131,7 @@ def _written(
     done: list[Prediction] = []
     with AppendLog(part) as log:
         for prediction in predictions:
-            log.append(prediction.to_json())
+            log.append(prediction.to_json(parts.get(prediction.sample.root_id, "")))
             done.append(prediction)
             if len(done) % 500 == 0:
                 rate = len(done) / (time.perf_counter() - started)

@@ -43,11 +43,12 @@ class Prediction:
     seconds: float | None = None
     """From handing its batch over, or from sending its request, until the answer was there."""
 
-    def to_json(self) -> dict[str, Any]:
-        """One line of ``predictions.jsonl``."""
+    def to_json(self, part: str = "") -> dict[str, Any]:
+        """One line of ``predictions.jsonl``; ``part`` of its set, where that is told in parts."""
         return {
             "id": self.sample.id,
             "dataset": self.sample.dataset,
+            **({"part": part} if part else {}),
             "gold": gold_label(self.sample),
             "prediction": self.label,
             "lenient": self.lenient,

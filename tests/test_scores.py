@@ -176,6 +176,7 @@ def test_results_and_predictions_are_json(six):
     assert json.loads(json.dumps(line)) == line
     assert (line["gold"], line["prediction"], line["lenient"]) == ("joy", "anger", "anger")
     assert line["emotion"] == {"anger": 0.5, "joy": 0.5}
+    assert "part" not in line and prediction(*SIX[1]).to_json("shared")["part"] == "shared"
 
 
 class Canned:
