@@ -22,7 +22,7 @@ from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
 from selfemo_jax.data.lenient import lenient_label, parse_lenient
 from selfemo_jax.data.prompts import Prompt, build_prompt
-from selfemo_jax.evaluation.calibration import calibration, normalised
+from selfemo_jax.evaluation.calibration import calibration, normalised, places
 from selfemo_jax.rollout.engine import Completion, Engine, Request, Sampling
 from selfemo_jax.scoring import parse_completion
 
@@ -256,7 +256,8 @@ def _score_set(predictions: Sequence[Prediction], labels: LabelSet, majority: st
             normalised(
                 [dict(p.answer.emotion) if p.answer.valid else {} for p in predictions], labels.labels
             ),
-            np.array([labels.labels.index(label) for label in gold]),
+            places(gold, labels.labels),
+            places([p.label for p in predictions], labels.labels),
             np.array([p.answer.valid for p in predictions]),
         ),
         "mean_tokens": float(np.mean([p.num_tokens for p in predictions])),

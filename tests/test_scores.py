@@ -86,6 +86,14 @@ def test_lenient_scores_read_what_the_grammar_refuses(six):
     }
 
 
+def test_calibration_is_right_where_the_strict_score_is():
+    said = text([("joy", 0.5), ("neutral", 0.5)])
+    # The list of the set begins with neutral; the answer names joy first.
+    for gold in ("joy", "neutral"):
+        found = score([prediction(gold, said)], SETS, MAJORITY)["meld"]
+        assert found["calibration"]["accuracy"] == found["accuracy"] == (gold == "joy")
+
+
 def test_the_majority_baseline_says_one_label_always(six):
     assert six["majority"] == {
         "label": "neutral",

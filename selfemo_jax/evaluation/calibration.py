@@ -20,6 +20,12 @@ NUM_BINS = 15
 Probabilities = Float[np.ndarray, "N C"]
 
 
+def places(predicted: Sequence[str | None], labels: Sequence[str]) -> Int[np.ndarray, " N"]:
+    """The place of each label in the list; -1 for None and for what is not in it."""
+    order = {label: place for place, label in enumerate(labels)}
+    return np.array([order.get(label, -1) if label else -1 for label in predicted], int)
+
+
 def normalised(answers: Sequence[Mapping[str, float]], labels: Sequence[str]) -> Probabilities:
     """Label -> weight of each answer as rows that sum to 1, or to less where a label is outside the list; an
     empty answer is a row of zeros."""
@@ -66,13 +72,17 @@ def brier(probabilities: Probabilities, gold: Int[np.ndarray, " N"]) -> float:
 
 
 def calibration(
-    probabilities: Probabilities, gold: Int[np.ndarray, " N"], valid: Bool[np.ndarray, " N"]
+    probabilities: Probabilities,
+    gold: Int[np.ndarray, " N"],
+    predicted: Int[np.ndarray, " N"],
+    valid: Bool[np.ndarray, " N"],
 ) -> dict[str, Any]:
     """Calibration of the valid answers: `ece`, `brier`, mean `confidence`, `accuracy`, `bins`; `share` of
     answers that this is about, and `brier_prior`, the Brier score of always stating the gold labels' own
     frequencies.
 
-    The numbers are None without a valid answer.
+    ``predicted`` are the labels that the strict scores take (-1: none of the list): of equal weights an
+    answer has named one first, which the weights do not tell. The numbers are None without a valid answer.
     """
     kept, wanted = probabilities[valid], np.asarray(gold)[valid]
     if not len(kept):
@@ -82,7 +92,7 @@ def calibration(
             | {"bins": []}
         )
     confidence = kept.max(axis=1)
-    right = (kept.argmax(axis=1) == wanted) & (confidence > 0)
+    right = np.asarray(predicted)[valid] == wanted
     prior = np.bincount(wanted, minlength=kept.shape[1]) / len(wanted)
     return {
         "share": float(np.mean(valid)),

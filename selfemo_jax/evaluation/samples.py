@@ -1,6 +1,7 @@
 """Several sampled answers to each input: the mean over samples, the vote (maj@n), and how far votes can be
 believed."""
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfemo_jax.data.dialogues import LabelSet
-from selfemo_jax.evaluation.calibration import calibration, normalised
+from selfemo_jax.evaluation.calibration import calibration, normalised, places
 from selfemo_jax.scores import Prediction, gold_label, label_scores
 
 SCORES = ("accuracy", "weighted_f1", "macro_f1", "invalid_rate")
@@ -25,8 +26,9 @@ def score_samples(
 ) -> dict[str, dict[str, Any]]:
     """Scores of each data set over ``n`` sampled answers to each input.
 
-    ``mean`` and ``sd`` are over the n scores, sample by sample; ``maj`` are those of the vote; ``any`` is
-    the share of inputs that any sample has right; ``votes`` is the calibration of the shares of the votes.
+    ``mean`` and ``sd`` (n - 1 below; None for n = 1) are over the n scores, sample by sample; ``maj`` are
+    those of the vote; ``any`` is the share of inputs that any sample has right; ``votes`` is the calibration
+    of the shares of the votes.
     """
     results: dict[str, dict[str, Any]] = {}
     for dataset in sorted({group[0].sample.dataset for group in groups}):
@@ -35,22 +37,27 @@ def score_samples(
         gold = [gold_label(group[0].sample) for group in chosen]
         number = len(chosen[0])
         single = [label_scores(gold, [group[i].label for group in chosen], labels) for i in range(number)]
-        voted = label_scores(gold, [vote([p.label for p in group]) for group in chosen], labels)
+        winners = [vote([p.label for p in group]) for group in chosen]
+        voted = label_scores(gold, winners, labels)
         shares = [Counter(p.label for p in group if p.label is not None) for group in chosen]
-        order = {label: place for place, label in enumerate(labels)}
         results[dataset] = {
             "n": number,
             "num": len(chosen),
             "mean": {name: float(np.mean([s[name] for s in single])) for name in SCORES},
-            "sd": {name: float(np.std([s[name] for s in single])) for name in SCORES},
+            "sd": {name: _spread([s[name] for s in single]) for name in SCORES},
             "maj": {name: voted[name] for name in SCORES},
             "any": float(
                 np.mean([any(p.label == g for p in group) for g, group in zip(gold, chosen, strict=True)])
             ),
             "votes": calibration(
                 normalised(shares, labels),
-                np.array([order[g] for g in gold]),
+                places(gold, labels),
+                places(winners, labels),
                 np.array([bool(s) for s in shares]),
             ),
         }
     return results
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None

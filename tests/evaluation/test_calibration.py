@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss
 
-from selfemo_jax.evaluation.calibration import bins, brier, calibration, calibration_error, normalised
+from selfemo_jax.evaluation.calibration import bins, brier, calibration, calibration_error, normalised, places
 
 LABELS = ("joy", "anger", "fear")
 
@@ -42,16 +42,25 @@ def test_brier_equals_scikit_learn_on_random_answers():
 def test_invalid_answers_are_left_out_and_counted():
     probabilities = np.array([[0.75, 0.25, 0], [0, 1.0, 0], [0, 0, 0]])
     gold = np.array([0, 2, 1])
-    found = calibration(probabilities, gold, np.array([True, True, False]))
+    found = calibration(probabilities, gold, np.array([0, 1, -1]), np.array([True, True, False]))
     assert found["share"] == pytest.approx(2 / 3)
     assert found["accuracy"] == 0.5 and found["confidence"] == pytest.approx(0.875)
     assert found["brier"] == pytest.approx(((0.25**2 + 0.25**2) + (1 + 1)) / 2)
     # Gold is one label 0 and one label 2: to state their shares costs 2 (1/2)^2 each.
     assert found["brier_prior"] == pytest.approx(0.5)
-    nothing = calibration(probabilities, gold, np.zeros(3, bool))
+    nothing = calibration(probabilities, gold, np.array([0, 1, -1]), np.zeros(3, bool))
     assert nothing["share"] == 0 and nothing["ece"] is None
 
 
 def test_an_answer_without_a_label_of_the_list_is_never_right():
-    found = calibration(np.zeros((1, 3)), np.array([0]), np.array([True]))
+    found = calibration(np.zeros((1, 3)), np.array([0]), np.array([-1]), np.array([True]))
     assert found["accuracy"] == 0 and found["ece"] == 0 and found["brier"] == 1
+
+
+def test_of_equal_weights_the_label_that_was_scored_is_the_one_that_can_be_right():
+    half, valid = np.array([[0.5, 0.5, 0]]), np.array([True])
+    for predicted, accuracy in ((0, 0.0), (1, 1.0)):
+        found = calibration(half, np.array([1]), np.array([predicted]), valid)
+        assert (found["accuracy"], found["confidence"]) == (accuracy, 0.5)
+        assert found["ece"] == 0.5, "half sure, and all or nothing right"
+    assert places(["fear", None, "glee"], LABELS).tolist() == [2, -1, -1]

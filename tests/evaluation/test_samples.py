@@ -43,7 +43,8 @@ def test_scores_of_three_answers_to_each_of_three_inputs():
     found = score_samples(groups, {"meld": MELD})["meld"]
     # Right by sample: joy; none; joy and fear.
     assert found["mean"]["accuracy"] == pytest.approx((1 / 3 + 0 + 2 / 3) / 3)
-    assert found["sd"]["accuracy"] == pytest.approx((2 / 27) ** 0.5)
+    # 1/3, 0, 2/3 about 1/3: squares 0, 1/9, 1/9 over n - 1 = 2.
+    assert found["sd"]["accuracy"] == pytest.approx(1 / 3)
     assert found["maj"]["accuracy"] == pytest.approx(1 / 3)
     assert found["maj"]["invalid_rate"] == pytest.approx(1 / 3)
     assert found["any"] == pytest.approx(2 / 3)
@@ -51,6 +52,17 @@ def test_scores_of_three_answers_to_each_of_three_inputs():
     # Votes: joy 2 of 3 and right; joy 2 of 3 and wrong; the third input has none.
     assert found["votes"]["share"] == pytest.approx(2 / 3)
     assert found["votes"]["ece"] == pytest.approx(abs(1 / 2 - 2 / 3))
+
+
+def test_a_tied_vote_is_right_where_its_winner_is():
+    found = score_samples([predictions("joy", "joy", "neutral")], {"meld": MELD})["meld"]
+    # MELD's list begins with neutral, but joy was named first and wins the vote.
+    assert found["maj"]["accuracy"] == found["votes"]["accuracy"] == 1.0
+
+
+def test_one_sample_has_no_spread():
+    found = score_samples([predictions("joy", "joy")], {"meld": MELD})["meld"]
+    assert (found["mean"]["accuracy"], found["sd"]["accuracy"]) == (1.0, None)
 
 
 class Drawing:
