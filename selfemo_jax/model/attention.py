@@ -6,7 +6,7 @@ tokens, N query heads, K key-value heads, H head size.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,16 @@ def attend(
     return _ungrouped(_over_keys(weights, v.transpose(0, 2, 1, 3)))
 
 
+def layer_plan(segment_ids: Int[Array, "B T"], prefix_ids: Int[Array, "B T"], *, backend: Backend) -> Any:
+    """What every layer's `packed_attention` over these rows has in common, to be made once outside the loop
+    over layers; None where there is nothing."""
+    if backend != "pallas":
+        return None
+    from selfemo_jax.model.flash import attention_plan
+
+    return attention_plan(segment_ids, prefix_ids)
+
+
 def packed_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -77,18 +87,20 @@ def packed_attention(
     *,
     backend: Backend,
     mesh: Mesh | None = None,
+    plan: Any = None,
 ) -> Float[Array, "B T N H"]:
     """Attention by the rule above. ``blocked`` cuts the queries into row blocks that never touch the keys
     after them and recomputes each block's scores in the backward pass, so that no ``[T, T]`` array lives
     through it. ``pallas`` is the GPU kernel of `model/flash.py`; ``mesh`` is what its rows and heads are
-    split over, which XLA does for the others by itself."""
+    split over, which XLA does for the others by itself, and
+    ``plan`` its `layer_plan`, where one was made."""
     if backend == "dense":
         return attend(q, k, v, visible(segment_ids, prefix_ids, segment_ids, query_offset=0))
     if backend == "pallas":
         # Pallas takes long to import, and a machine without a GPU has no use for it.
         from selfemo_jax.model.flash import sharded_flash_attention
 
-        return sharded_flash_attention(q, k, v, segment_ids, prefix_ids, mesh=mesh)
+        return sharded_flash_attention(q, k, v, segment_ids, prefix_ids, mesh=mesh, plan=plan)
     return _blocked(q, k, v, segment_ids, prefix_ids)
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from selfemo_jax.model.adapters import block_weights, plus_low_rank
-from selfemo_jax.model.attention import choose_backend, packed_attention
+from selfemo_jax.model.attention import choose_backend, layer_plan, packed_attention
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.linear import ATTENDED, PRODUCT, matmul, rms_norm
 from selfemo_jax.model.rope import rope_tables, rotate
@@ -240,12 +240,15 @@ def forward(
     pin = (lambda x: x) if sharding is None else (lambda x: lax.with_sharding_constraint(x, sharding))
     mesh = None if sharding is None else sharding.mesh
     tables = rope_tables(positions, config)
+    plan = layer_plan(segment_ids, prefix_ids, backend=backend)
 
     def block(x, layer):
         layer = cast_layer(layer, compute)
         with jax.named_scope("attention"):
             q, k, v = layer_qkv(layer, config, x, tables)
-            attended = packed_attention(q, k, v, segment_ids, prefix_ids, backend=backend, mesh=mesh)
+            attended = packed_attention(
+                q, k, v, segment_ids, prefix_ids, backend=backend, mesh=mesh, plan=plan
+            )
         with jax.named_scope("output_mlp"):
             return pin(layer_output(layer, config, x, attended)), None
 

@@ -12,6 +12,7 @@ queries, J blocks of keys.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +61,42 @@ def block_plan(
     return found.transpose(1, 0, 2)
 
 
-def _visits(plan: Bool[Array, "B I J"]) -> tuple[Int[Array, "B I J"], Int[Array, "B I"]]:
-    """The blocks to visit, in order and first, and how many of them there are."""
-    order = jnp.argsort(~plan, axis=-1, stable=True).astype(jnp.int32)
-    return order, plan.sum(axis=-1).astype(jnp.int32)
+class Plan(NamedTuple):
+    """What all layers of a pass over the same rows have in common: T filled up to whole blocks, and the
+    blocks to visit, in order and first, with how many of them there are."""
+
+    segment_ids: Int[Array, "B T"]
+    prefix_ids: Int[Array, "B T"]
+    keys: Int[Array, "B I J"]
+    num_keys: Int[Array, "B I"]
+    queries: Int[Array, "B J I"]
+    num_queries: Int[Array, "B J"]
+
+
+def attention_plan(
+    segment_ids: Int[Array, "B T"], prefix_ids: Int[Array, "B T"], *, blocks: Blocks | None = None
+) -> Plan:
+    """The plan of rows of any length."""
+    blocks = Blocks() if blocks is None else blocks
+    filling = ((0, 0), (0, -segment_ids.shape[1] % max(blocks.queries, blocks.keys)))
+    segment_ids = jnp.pad(segment_ids, filling, constant_values=_FILLING)
+    prefix_ids = jnp.pad(prefix_ids, filling, constant_values=_FILLING)
+    seen = block_plan(segment_ids, prefix_ids, blocks=blocks)
+    keys, num_keys = _visits(seen)
+    queries, num_queries = _visits(seen.swapaxes(1, 2))
+    return Plan(
+        segment_ids=segment_ids,
+        prefix_ids=prefix_ids,
+        keys=keys,
+        num_keys=num_keys,
+        queries=queries,
+        num_queries=num_queries,
+    )
+
+
+def _visits(seen: Bool[Array, "B I J"]) -> tuple[Int[Array, "B I J"], Int[Array, "B I"]]:
+    order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
+    return order, seen.sum(axis=-1).astype(jnp.int32)
 
 
 def _visible(row_segments, row_prefixes, key_segments, first_row, first_key):
@@ -168,22 +201,21 @@ def _call(kernel, *, grid, in_specs, out_specs, out_shape, blocks: Blocks, inter
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _flash(q, k, v, segment_ids, prefix_ids, blocks: Blocks, interpret: bool):
-    return _flash_forward(q, k, v, segment_ids, prefix_ids, blocks, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _flash(q, k, v, plan: Plan, blocks: Blocks, interpret: bool):
+    return _flash_forward(q, k, v, plan, blocks, interpret)[0]
 
 
-def _flash_forward(q, k, v, segment_ids, prefix_ids, blocks: Blocks, interpret: bool):
+def _flash_forward(q, k, v, plan: Plan, blocks: Blocks, interpret: bool):
     num_rows, num_tokens, num_heads, head_dim = q.shape
     repeats = num_heads // k.shape[2]
-    visits, numbers = _visits(block_plan(segment_ids, prefix_ids, blocks=blocks))
     row = pl.BlockSpec((None, num_tokens), lambda i, b, n: (b, 0))
     own = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, b, n: (b, i, n, 0))
     others = pl.BlockSpec((None, num_tokens, None, head_dim), lambda i, b, n: (b, 0, n // repeats, 0))
     out, log_total = _call(
         functools.partial(_forward_kernel, blocks=blocks, scale=head_dim**-0.5),
         grid=(num_tokens // blocks.queries, num_rows, num_heads),
-        in_specs=[own, others, others, row, row, *_visit_specs(visits)],
+        in_specs=[own, others, others, row, row, *_visit_specs(plan.keys)],
         out_specs=[own, pl.BlockSpec((None, None, blocks.queries), lambda i, b, n: (b, n, i))],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -192,9 +224,9 @@ def _flash_forward(q, k, v, segment_ids, prefix_ids, blocks: Blocks, interpret: 
         blocks=blocks,
         interpret=interpret,
         name="packed_attention",
-    )(q, k, v, segment_ids, prefix_ids, visits, numbers)
+    )(q, k, v, plan.segment_ids, plan.prefix_ids, plan.keys, plan.num_keys)
     out, log_total = checkpoint_name(out, ATTENDED), checkpoint_name(log_total, ATTENDED)
-    return out, (q, k, v, segment_ids, prefix_ids, out, log_total)
+    return out, (q, k, v, plan, out, log_total)
 
 
 def _visit_specs(visits: jax.Array) -> list[pl.BlockSpec]:
@@ -205,31 +237,28 @@ def _visit_specs(visits: jax.Array) -> list[pl.BlockSpec]:
 
 
 def _flash_backward(blocks: Blocks, interpret: bool, residuals, g):
-    q, k, v, segment_ids, prefix_ids, out, log_total = residuals
+    q, k, v, plan, out, log_total = residuals
     num_rows, num_tokens, num_heads, head_dim = q.shape
     num_kv = k.shape[2]
     repeats = num_heads // num_kv
     g = g.astype(v.dtype)
     common = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)
-    plan = block_plan(segment_ids, prefix_ids, blocks=blocks)
     row = pl.BlockSpec((None, num_tokens), lambda i, b, n: (b, 0))
     settings = {"blocks": blocks, "interpret": interpret}
 
-    visits, numbers = _visits(plan)
     own = pl.BlockSpec((None, blocks.queries, None, head_dim), lambda i, b, n: (b, i, n, 0))
     own_sums = pl.BlockSpec((None, None, blocks.queries), lambda i, b, n: (b, n, i))
     others = pl.BlockSpec((None, num_tokens, None, head_dim), lambda i, b, n: (b, 0, n // repeats, 0))
     dq = _call(
         functools.partial(_dq_kernel, blocks=blocks, scale=head_dim**-0.5),
         grid=(num_tokens // blocks.queries, num_rows, num_heads),
-        in_specs=[own, others, others, own, own_sums, own_sums, row, row, *_visit_specs(visits)],
+        in_specs=[own, others, others, own, own_sums, own_sums, row, row, *_visit_specs(plan.keys)],
         out_specs=own,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="packed_attention_dq",
         **settings,
-    )(q, k, v, g, log_total, common, segment_ids, prefix_ids, visits, numbers)
+    )(q, k, v, g, log_total, common, plan.segment_ids, plan.prefix_ids, plan.keys, plan.num_keys)
 
-    visits, numbers = _visits(plan.swapaxes(1, 2))
     own = pl.BlockSpec((None, blocks.keys, None, head_dim), lambda j, b, n: (b, j, n, 0))
     # The R query heads that share a key-value head are one block of R heads.
     heads = pl.BlockSpec((None, num_tokens, repeats, head_dim), lambda j, b, n: (b, 0, n, 0))
@@ -237,13 +266,13 @@ def _flash_backward(blocks: Blocks, interpret: bool, residuals, g):
     dk, dv = _call(
         functools.partial(_dkv_kernel, blocks=blocks, scale=head_dim**-0.5, repeats=repeats),
         grid=(num_tokens // blocks.keys, num_rows, num_kv),
-        in_specs=[heads, own, own, heads, sums, sums, row, row, *_visit_specs(visits)],
+        in_specs=[heads, own, own, heads, sums, sums, row, row, *_visit_specs(plan.queries)],
         out_specs=[own, own],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         name="packed_attention_dkv",
         **settings,
-    )(q, k, v, g, log_total, common, segment_ids, prefix_ids, visits, numbers)
-    return dq, dk, dv, None, None
+    )(q, k, v, g, log_total, common, plan.segment_ids, plan.prefix_ids, plan.queries, plan.num_queries)
+    return dq, dk, dv, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -256,11 +285,13 @@ def flash_attention(
     segment_ids: Int[Array, "B T"],
     prefix_ids: Int[Array, "B T"],
     *,
+    plan: Plan | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention on one device, scores and softmax in float32; ``interpret`` runs the kernels step by step on
-    a CPU. Rows are filled up to whole blocks and heads to a power of two, and cut again."""
+    a CPU. Rows are filled up to whole blocks and heads to a power of two, and cut again. ``plan`` is that of
+    these rows and blocks, made once for many layers; None makes it here."""
     blocks = Blocks() if blocks is None else blocks
     num_tokens, head_dim = q.shape[1], q.shape[-1]
     filling = -num_tokens % max(blocks.queries, blocks.keys)
@@ -269,9 +300,8 @@ def flash_attention(
         # The kernels scale by the size they see; zeros beside the numbers change no product.
         q = q * jnp.asarray(((head_dim + wider) / head_dim) ** 0.5, q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, filling), (0, 0), (0, wider))) for x in (q, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, filling)), constant_values=_FILLING)
-    prefix_ids = jnp.pad(prefix_ids, ((0, 0), (0, filling)), constant_values=_FILLING)
-    out = _flash(q, k, v, segment_ids, prefix_ids, blocks, interpret)
+    plan = attention_plan(segment_ids, prefix_ids, blocks=blocks) if plan is None else plan
+    out = _flash(q, k, v, plan, blocks, interpret)
     return out[:, :num_tokens, :, :head_dim]
 
 
@@ -283,18 +313,24 @@ def sharded_flash_attention(
     prefix_ids: Int[Array, "B T"],
     *,
     mesh: Mesh | None,
+    plan: Plan | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """`flash_attention` with rows split over data and fsdp and heads over tp: a kernel is a closed box to
     XLA, which would gather everything for it."""
-    run = functools.partial(flash_attention, blocks=blocks, interpret=interpret)
+
+    def run(q, k, v, segment_ids, prefix_ids, plan):
+        return flash_attention(
+            q, k, v, segment_ids, prefix_ids, plan=plan, blocks=blocks, interpret=interpret
+        )
+
     if mesh is None or mesh.size == 1:
-        return run(q, k, v, segment_ids, prefix_ids)
+        return run(q, k, v, segment_ids, prefix_ids, plan)
     heads = PartitionSpec(("data", "fsdp"), None, "tp", None)
-    ids = PartitionSpec(("data", "fsdp"), None)
+    rows = PartitionSpec(("data", "fsdp"))
     # Outputs of a kernel carry no account of which axes they vary over.
     split = jax.shard_map(
-        run, mesh=mesh, in_specs=(heads, heads, heads, ids, ids), out_specs=heads, check_vma=False
+        run, mesh=mesh, in_specs=(heads, heads, heads, rows, rows, rows), out_specs=heads, check_vma=False
     )
-    return split(q, k, v, segment_ids, prefix_ids)
+    return split(q, k, v, segment_ids, prefix_ids, plan)

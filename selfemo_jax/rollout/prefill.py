@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from selfemo_jax.model.attention import choose_backend, packed_attention
+from selfemo_jax.model.attention import choose_backend, layer_plan, packed_attention
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, Params, embed_tokens, layer_output, layer_qkv
 from selfemo_jax.model.rope import rope_tables
@@ -91,10 +91,11 @@ def _through_layers(
 ) -> Caches:
     backend = choose_backend(compute.attention, tokens.shape[1])
     tables = rope_tables(positions, config)
+    plan = layer_plan(segments, prefixes, backend=backend)
 
     def block(x, layer):
         q, k, v = layer_qkv(layer, config, x, tables)
-        attended = packed_attention(q, k, v, segments, prefixes, backend=backend, mesh=mesh)
+        attended = packed_attention(q, k, v, segments, prefixes, backend=backend, mesh=mesh, plan=plan)
         heads_major = tuple(pick(part).transpose(0, 2, 1, 3) for part in (k, v))
         return pin(layer_output(layer, config, x, attended)), heads_major
 

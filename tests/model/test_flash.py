@@ -9,10 +9,16 @@ import pytest
 
 from selfemo_jax.model.attention import choose_backend, packed_attention, visible
 from selfemo_jax.model.decoder import Compute, forward
-from selfemo_jax.model.flash import Blocks, block_plan, flash_attention, sharded_flash_attention
+from selfemo_jax.model.flash import (
+    Blocks,
+    attention_plan,
+    block_plan,
+    flash_attention,
+    sharded_flash_attention,
+)
 from selfemo_jax.model.sharding import make_mesh
 from tests.model.test_attention import PREFIXES, SEGMENTS, groups, inputs
-from tests.model.tiny import TINY
+from tests.model.tiny import TINY, weights
 
 BLOCKS = Blocks(queries=16, keys=16)
 
@@ -116,6 +122,37 @@ def test_kernels_lower_to_triton(dtype):
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
+
+
+def test_a_plan_made_once_gives_the_same_numbers():
+    segments, prefixes = groups(40)
+    arrays = inputs(40, num_heads=4, num_kv_heads=2, head_dim=16)
+    plan = attention_plan(segments, prefixes, blocks=BLOCKS)
+    settings = {"blocks": BLOCKS, "interpret": True}
+    np.testing.assert_array_equal(
+        flash_attention(*arrays, segments, prefixes, plan=plan, **settings),
+        flash_attention(*arrays, segments, prefixes, **settings),
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_layer_works_out_the_blocks_again(remat, monkeypatch):
+    # Nothing runs or is lowered here, so that the kernel may be chosen without a GPU.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tokens = jnp.ones((2, 80), jnp.int32)
+    segments, prefixes = groups(80, num_rows=2)
+    compute = Compute(remat=remat, attention="pallas")
+
+    def loss(params):
+        hidden = forward(
+            params, TINY, compute, tokens=tokens, positions=tokens, segment_ids=segments, prefix_ids=prefixes
+        )
+        return hidden.sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(weights(TINY))
+    loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and "pallas_call" in str(eqn)]
+    assert len(loops) == 2
+    assert all(" sort[" not in str(eqn) for eqn in loops) and " sort[" in str(jaxpr)
 
 
 def test_the_kernel_is_refused_and_not_replaced_where_it_cannot_run():
