@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from selfemo_jax.evaluation.published import TABLE, rows_for
+from selfemo_jax.evaluation.published import SETS, TABLE, rows_for
 from selfemo_jax.run_data import RunData
+
+MEAN = "mean of 3"
 
 
 def print_all(split: str, result: Mapping[str, Any], data: RunData) -> None:
@@ -31,7 +33,7 @@ def percent(value: float | None) -> str:
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table
@@ -107,34 +109,49 @@ def _samples(samples: Mapping[str, Any], note: str) -> Table:
 
 
 def _beside(split: str, result: Mapping[str, Any], data: RunData) -> Table:
-    """Ours, the yardsticks, and the published rows, acc and w-F1 of each set."""
+    """Ours and the yardsticks, whole and by part, and the published rows: acc and w-F1 of each set, and their
+    means over the three sets of the paper."""
     names = list(data.label_sets)
+    published = rows_for(names) if split == "test" else ()
     table = _table(
         _titled("side by side", result["note"]), "system",
-        [f"{name} {score}" for name in names for score in ("acc", "w-F1")],
+        [f"{name} {score}" for name in (*names, *([MEAN] if published else [])) for score in ("acc", "w-F1")],
     )  # fmt: skip
-    keys = ("accuracy", "weighted_f1")
-    if result["sets"]:
-        scored = result["sets"]
-        table.add_row(
-            "this policy",
-            *(percent(scored.get(n, {}).get(key)) for n in names for key in keys),
-            end_section=True,
-        )
+    systems = {"this policy": result["sets"]} if result["sets"] else {}
     yardsticks = result.get("yardsticks") or {}
     for label in dict.fromkeys(label for of_set in yardsticks.values() for label in of_set):
-        found = (yardsticks.get(n, {}).get(label, {}).get(key) for n in names for key in keys)
-        table.add_row(label, *map(percent, found))
-    published = rows_for(names) if split == "test" else ()
+        systems[label] = {name: found[label] for name, found in yardsticks.items() if label in found}
+    for label, scored in systems.items():
+        lines = list(_beside_lines(label, scored, names, with_mean=bool(published)))
+        for place, line in enumerate(lines, start=1):
+            table.add_row(*line, end_section=place == len(lines))
     if published:
-        table.add_section()
-        table.add_row(f"{TABLE}:", *[""] * (2 * len(names)))
+        width = 2 * len(names) + 2
+        table.add_row(f"{TABLE}:", *[""] * width)
     for row in published:
-        values = [
-            v for n in names for v in (row.of(n) if n in ("iemocap", "meld", "emorynlp") else (None, None))
-        ]
-        table.add_row(f"{row.group}: {row.name}", *("-" if v is None else f"{v:.2f}" for v in values))
+        values = [v for n in names for v in (row.of(n) if n in SETS else (None, None))]
+        shown = ("-" if v is None else f"{v:.2f}" for v in (*values, *row.average))
+        table.add_row(f"{row.group}: {row.name}", *shown)
     return table
+
+
+def _beside_lines(
+    label: str, scored: Mapping[str, Any], names: Sequence[str], *, with_mean: bool
+) -> Iterator[list[str]]:
+    """A system's cells over whole sets, then those of its parts; the mean is of all three sets or none."""
+
+    def cells(found: Mapping[str, Any]) -> list[str]:
+        keys = ("accuracy", "weighted_f1")
+        values = [found.get(name, {}).get(key) for name in names for key in keys]
+        if with_mean:
+            whole = [found[name] for name in SETS if name in found]
+            values += [sum(s[key] for s in whole) / 3 if len(whole) == 3 else None for key in keys]
+        return [percent(value) for value in values]
+
+    yield [label, *cells(scored)]
+    told = {name: scores["parts"] for name, scores in scored.items() if len(scores.get("parts") or {}) > 1}
+    for part in dict.fromkeys(part for parts in told.values() for part in parts):
+        yield [f"  {part}", *cells({name: parts[part] for name, parts in told.items() if part in parts})]
 
 
 def _rows(scored: Mapping[str, Any], data: RunData) -> Iterator[tuple[str, Mapping[str, Any], int]]:
