@@ -67,8 +67,8 @@ MAX_ITEMS = 32
 """Items of a list that are looked at; a longer list is E_TOO_MANY whatever the rest says."""
 _MAX_LABEL = 48
 
-_BLOCKS = ("emotion", "self_emotion", "response")
-_TAGS = tuple(tag for name in _BLOCKS for tag in (f"<{name}>", f"</{name}>"))
+BLOCKS = ("emotion", "self_emotion", "response")
+_TAGS = tuple(tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>"))
 _MISSING = {"emotion": "E_NO_EMOTION", "self_emotion": "E_NO_SELF", "response": "E_NO_REPLY"}
 
 # Possessive runs (`*+`) cannot be given back, so no pattern here backtracks over hostile text.
@@ -184,8 +184,8 @@ def _split_blocks(body: str, found: set[str]) -> dict[str, str | None]:
             first[tag] = at
             if body.find(tag, at + len(tag)) >= 0:
                 found.add("E_DUP_BLOCK")
-    contents: dict[str, str | None] = dict.fromkeys(_BLOCKS)
-    for name in _BLOCKS:
+    contents: dict[str, str | None] = dict.fromkeys(BLOCKS)
+    for name in BLOCKS:
         opening, closing = f"<{name}>", f"</{name}>"
         if opening not in first or closing not in first:
             found.add(_MISSING[name])

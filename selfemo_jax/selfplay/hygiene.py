@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from lingua import Language, LanguageDetector, LanguageDetectorBuilder
 from rensa import RMinHash, RMinHashLSH  # pyrefly: ignore[missing-module-attribute]
 
+from selfemo_jax.data.grammar import BLOCKS
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.settings.selfplay import Hygiene
 
@@ -25,6 +26,9 @@ COMPARED = (
     "vietnamese",
 )
 """Languages that the expected one is told from; more of them make verdicts on short replies worse."""
+
+# The grammar refuses its own tags; a policy that half knows them also writes [response] and the like.
+_MARKUP = re.compile(r"[\[({{]\s*/?\s*(?:{})\s*[\])}}]".format("|".join(BLOCKS)), re.IGNORECASE)
 
 
 class ReplyIndex:
@@ -70,6 +74,8 @@ def text_problem(reply: str, parent: Sample, declared: Iterable[str], rules: Hyg
         return "no_letters"
     if _names_a_speaker(reply, parent):
         return "several_turns"
+    if _MARKUP.search(reply):
+        return "markup"
     if words(reply) == words(parent.history[-1][1]):
         return "copy"
     named = {"declared": set(declared), "any": set(parent.inventory), "keep": set()}[rules.label_words]

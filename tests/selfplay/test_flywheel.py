@@ -114,6 +114,8 @@ def test_without_a_valid_rollout_there_is_no_best_one():
         ("no_letters", {"answer": {"reply": "... 42 !"}}),
         ("several_turns", {"answer": {"reply": "Row! Ada: no, wait for the tide."}}),
         ("several_turns", {"answer": {"reply": "cy : hand me an oar"}}),
+        ("markup", {"answer": {"reply": "We row to [response] before the tide."}}),
+        ("markup", {"answer": {"reply": "Then the{ /Self_Emotion }boat."}}),
         ("copy", {"answer": {"reply": "then we row -- ALL 0 miles"}}),
         ("label_word", {"answer": {"reply": "There is no JOY in it."}}),
         ("language", {"answer": {"reply": "Das Boot ist voll, wir rudern jetzt."}}),
