@@ -72,7 +72,8 @@ def _add_group(groups: dict[str, list[Any]], line: Mapping[str, Any]) -> None:
 
 def _add_row(rows: dict[str, list[Any]], line: Mapping[str, Any], group: int) -> None:
     read = line.get("parse") or {}
-    emotion = read.get("emotion") or {}
+    # An invalid answer has no label, as in the strict scores, whatever its emotion field says.
+    emotion = (read.get("emotion") or {}) if read.get("valid") else {}
     rows["group"].append(group)
     rows["idx"].append(line.get("idx"))
     rows["text"].append(line["text"])

@@ -178,6 +178,11 @@ def test_filters_narrow_and_order(chromium, large):
         page.select_option("select[name=answer]", "malformed")
         expect(page.locator("#count")).to_have_text(re.compile("^12,500 "))
         assert "E_PAIR" in page.locator(".row").first.inner_text()
+        # Of 1,000 answers of a step 500 name the gold label, of them 63 outside the grammar: those are wrong.
+        page.select_option("select[name=answer]", "right")
+        expect(page.locator("#count")).to_have_text(re.compile("^43,700 "))
+        page.select_option("select[name=answer]", "wrong")
+        expect(page.locator("#count")).to_have_text(re.compile("^56,300 "))
         page.select_option("select[name=answer]", "disagree")
         page.select_option("select[name=order]", "best R")
         expect(page.locator(".row").first).to_have_text(re.compile(r"^R 7\.50"))

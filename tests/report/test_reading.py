@@ -70,6 +70,12 @@ def test_a_group_is_never_cut_by_a_block(tmp_path, monkeypatch):
     assert steps == [2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
+def test_an_answer_outside_the_grammar_has_no_label(tmp_path):
+    (block,) = rollouts.blocks(rollouts.step_files(write_run(tmp_path, steps=1, prompts=1)), 0, [])
+    # All three name a label in their emotion field; the third is malformed.
+    assert (block["rows"]["valid"], block["rows"]["predicted"]) == ([1, 1, 0], ["joy", "anger", ""])
+
+
 def test_too_many_rollouts_are_thinned_by_steps_evenly_and_said(tmp_path):
     folder = write_run(tmp_path, steps=10, prompts=2, group_size=5)
     files, total = rollouts.choose_steps(rollouts.step_files(folder), most=50)
