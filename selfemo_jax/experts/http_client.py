@@ -26,6 +26,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds; the bound of the random wait doubles from the first to the longest."""
 LARGEST_BODY = 16 << 20
 """Bytes of an answer that are read."""
+SHORTEST_KEY = 12
+"""Letters; what is shorter is a placeholder for a server without keys, and may be a word of an answer."""
 BUSY = (429, 503)
 TEMPORARY = (408, 409, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 REFUSED = (400, 413, 422)
@@ -72,6 +74,7 @@ class HttpExpert:
         self.retries: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self._key = read_key(endpoint)
+        self._hidden = _spellings(self._key) if self._key else None
         self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
 
     def __repr__(self) -> str:
@@ -240,7 +243,7 @@ class HttpExpert:
             if not isinstance(finish, str) or not (text is None or isinstance(text, str)):
                 raise TypeError("content is no text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            shown = self._safe(body[:120].decode("utf-8", "replace"))
+            shown = self._safe(body.decode("utf-8", "replace"), most=120)
             raise Temporary(f"no chat completion ({type(error).__name__}): {shown}", kind="json") from None
         return self._answer(question, text or "", finish_reason=finish, usage=counts)
 
@@ -261,8 +264,8 @@ class HttpExpert:
             key=question_key(self.model, question, self.sampling),
             source=self.endpoint.name,
             model=self.model,
-            text=text.encode("utf-8", "replace").decode("utf-8"),
-            finish_reason=finish_reason,
+            text=self._told(_plain(text)),
+            finish_reason=self._told(finish_reason),
             usage=usage,
             cost=price / 1e6,
             refused=refused,
@@ -283,10 +286,22 @@ class HttpExpert:
         extra = json.loads(self.sampling.extra_body) if self.sampling.extra_body else {}
         return {name: value for name, value in (body | extra).items() if value is not None}
 
-    def _safe(self, error: object) -> str:
-        """The words without the key, which some servers repeat."""
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        return words.replace(self._key, "[key]") if self._key else words
+    def _safe(self, error: object, *, most: int = 300) -> str:
+        """The first words without the key, which some servers repeat; masked whole, so that no cut leaves a
+        part of it."""
+        return " ".join(self._masked(str(error)).split())[:most] or type(error).__name__
+
+    def _told(self, text: str) -> str:
+        """What an answer says, which goes to disk: without a key, but with a placeholder such as "none"."""
+        return self._masked(text) if self._key and len(self._key) >= SHORTEST_KEY else text
+
+    def _masked(self, words: str) -> str:
+        return self._hidden.sub("[key]", words) if self._hidden else words
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key as it is, and as JSON may spell it: some servers escape a slash, or any sign by its number."""
+    return re.compile("".join(rf"\\{{0,3}}(?:{re.escape(c)}|(?i:u{ord(c):04x}))" for c in key))
 
 
 def _plain(text: str) -> str:
@@ -294,11 +309,11 @@ def _plain(text: str) -> str:
 
 
 def _error_words(body: bytes) -> str:
-    """The message of an error body as most servers write it, else its beginning."""
+    """The message of an error body as most servers write it, else the body."""
     try:
         record = json.loads(body)
         error = record.get("error", record) if isinstance(record, dict) else record
         message = error.get("message") if isinstance(error, dict) else error
         return str(message if message is not None else error)
     except ValueError:
-        return body[:300].decode("utf-8", "replace")
+        return body.decode("utf-8", "replace")

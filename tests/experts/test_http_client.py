@@ -4,15 +4,19 @@ import json
 import logging
 import time
 
+import httpx
 import pytest
 
 from selfemo_jax.experts import http_client
-from selfemo_jax.experts.ask import ExpertError, Interrupted, Question
+from selfemo_jax.experts.ask import ChatSampling, ExpertError, Interrupted, Question
+from selfemo_jax.experts.http_client import HttpExpert
+from selfemo_jax.experts.limits import Gate
 from selfemo_jax.experts.panel import Panel
 from selfemo_jax.settings.experts import Endpoint, Expert
 from tests.experts.chat_server import RETRY_AFTER, answered, requests, serving
 
 KEY = "sk-very-secret-0123456789"
+SAMPLING = ChatSampling(temperature=0.7, top_p=1.0, max_tokens=64)
 
 
 def questions(number: int, word: str = "owl") -> list[Question]:
@@ -29,6 +33,11 @@ def panel(tmp_path, *endpoints: Endpoint, say=lambda text: None, stopping=lambda
     return Panel(
         Expert(endpoints=list(endpoints), **fast), tmp_path / "cache.jsonl", say=say, stopping=stopping
     )
+
+
+def _body(finish: str, text: str, **usage) -> bytes:
+    choice = {"finish_reason": finish, "message": {"content": text}}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +153,33 @@ def test_the_key_is_sent_and_is_in_no_file_or_message(tmp_path, monkeypatch, cap
     written = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
     for text in (shown, str(error.value), written, caplog.text):
         assert "very-secret" not in text
+
+
+def test_no_part_of_the_key_is_left_where_words_are_cut(monkeypatch):
+    key = KEY + "/x"
+    monkeypatch.setenv("OWL_KEY", key)
+    expert = HttpExpert(endpoint("http://127.0.0.1:9/v1", key_env="OWL_KEY"), Expert(), SAMPLING)
+    (question,) = questions(1)
+    said = [expert._read(_body("stop", f"your key is {key}"), question).text]
+    for offset in (*range(80, 125), *range(260, 305)):
+        words = "y" * offset + key + "z" * 300
+        plain = [words, json.dumps(words), json.dumps({"error": {"message": words}})]
+        for body in (*plain, plain[2].replace("/", r"\/"), plain[2].replace("-", r"\u002D")):
+            answer = httpx.Response(400, content=body.encode())
+            refused = expert._not_ok(answer, answer.content, question, Gate(), 0.0).refused
+            with pytest.raises(http_client.Temporary) as broken:
+                expert._read(body.encode(), question)
+            said += [refused, str(broken.value), expert._safe(ValueError(words))]
+    assert len(said) == 1 + 90 * 15 and all(len(words) < 400 for words in said)
+    # Cut words may hold the beginning of "[key]", never one of the key.
+    assert not [words for words in said if "sk" in words or "very" in words]
+
+
+def test_a_placeholder_for_a_key_takes_no_word_out_of_an_answer(monkeypatch):
+    monkeypatch.setenv("OWL_KEY", "none")
+    expert = HttpExpert(endpoint("http://127.0.0.1:9/v1", key_env="OWL_KEY"), Expert(), SAMPLING)
+    said = expert._read(_body("stop", "There is none."), questions(1)[0])
+    assert said.text == "There is none."
 
 
 def test_a_missing_key_is_named_before_anything_is_asked(tmp_path, monkeypatch):
