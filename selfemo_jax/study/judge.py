@@ -11,10 +11,11 @@ in each order, and does not learn who wrote what.
 
 Ties: a side wins a pair only if the judge prefers it in both orders; a tie in one of them, or preferring the
 same place in both, is a tie. Equal answers are a tie without a question. Pairs in which a side has no
-readable reply are not judged but counted. A verdict that cannot be read is asked for once more; a pair
-without two readable verdicts is left out of the shares and counted. Intervals are Wilson's; p is that of the
-exact sign test on pairs that are no tie, with Holm's correction over the table; kappa is Cohen's over win,
-tie and loss. A sheet of a person has one order only.
+readable reply are not judged but counted. A judge reads of a person only where the policies were told of it
+(``--persona given``); without, the question of understanding has nothing to go by. A verdict that cannot be
+read is asked for once more; a pair without two readable verdicts is left out of the shares and counted.
+Intervals are Wilson's; p is that of the exact sign test on pairs that are no tie, with Holm's correction over
+the table; kappa is Cohen's over win, tie and loss. A sheet of a person has one order only.
 """
 
 import argparse
@@ -105,7 +106,14 @@ def main(args: argparse.Namespace) -> int:
     if agreements:
         showing.print_table(titles[1], agreements)
     print(f"without a readable reply: first {silent['first']}, second {silent['second']} of {len(pairs)}")
+    described = sum(bool(pair["persona"]) for pair in judgeable)
+    if described < len(judgeable):
+        print(
+            f"judges read who the person is in {described} of {len(judgeable)} pairs; in the others the "
+            "question of understanding has nothing to go by (--persona given tells the policies too)"
+        )
     content = {"note": note, "sides": sides, "ties allowed": not args.no_ties, "tie rule": TIE_RULE}
+    content["pairs with a persona"] = described
     content |= {f"without reply: {side}": number for side, number in silent.items()}
     showing.write_json(out / "judge.json", {**content, "judges": rows, "agreement": agreements})
     verdicts = [vars(one) for one in judged]

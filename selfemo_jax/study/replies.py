@@ -4,7 +4,8 @@
 
 Both are checkpoints: a run (its best policy), a phase's folder (``RUN/phases/00_cold``), a converted or a
 Hugging Face folder. Inputs are drawn by seed, not chosen for what was answered. Answers are greedy, each
-under the checkpoint's own settings. ``replies.jsonl`` is what `study judge` reads.
+under the checkpoint's own settings; with ``--persona given`` both speak as the same persons, described as in
+the run of the second, else in that of the first. ``replies.jsonl`` is what `study judge` reads.
 """
 
 import argparse
@@ -81,6 +82,7 @@ def answer_pairs(args: argparse.Namespace, first: Path, second: Path) -> tuple[l
     drawn = [fixed_subset(found, args.num, seed=args.seed, purpose="study/replies") for found in asked]
     if [sample.id for sample in drawn[0]] != [sample.id for sample in drawn[-1]]:
         raise ValueError(f"the {args.split} split of {first} and of {second} holds different inputs")
+    drawn = _as_the_same_persons(drawn)
     answers, notes = [], []
     for config, samples in zip(configs, (drawn[0], drawn[-1]), strict=True):
         found, note = answers_of(config, samples)
@@ -105,27 +107,43 @@ def answer_pairs(args: argparse.Namespace, first: Path, second: Path) -> tuple[l
 
 
 def inputs_of(config: Config, split: str) -> tuple[Sample, ...]:
-    """The labelled inputs of a split as a policy of these settings is given them, biographies told."""
+    """The labelled inputs of a split as a policy of these settings is given them: biographies told, and with
+    `eval.persona` given the personas that experts wrote for its run."""
     from selfemo_jax.run_biographies import with_biographies
     from selfemo_jax.run_data import load_data
+    from selfemo_jax.run_personas import with_personas
 
-    return with_biographies(config, load_data(config)).split(split)
+    data = with_biographies(config, load_data(config))
+    if config.eval.persona == "given":
+        data = with_personas(config, data, split=split)
+    return data.split(split)
 
 
 def _reading_else(configs: Sequence[Config]) -> Sequence[Config]:
-    """The second settings where either tells biographies, which are those of its own training data."""
-    kinds = {config.output.biography for config in configs}
-    return () if kinds == {"none"} else configs[1:]
+    """The second settings where either tells what is known from its own run: biographies, or personas."""
+    told = any(config.output.biography != "none" or config.eval.persona == "given" for config in configs)
+    return configs[1:] if told else ()
+
+
+def _as_the_same_persons(drawn: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+    """The inputs of both sides with one persona and theme: those of the second, else those of the first."""
+    known = [next((one for one in same[::-1] if one.persona), same[-1]) for same in zip(*drawn, strict=True)]
+    return [
+        [replace(one, persona=told.persona, theme=told.theme) for one, told in zip(side, known, strict=True)]
+        for side in drawn
+    ]
 
 
 def settings_of(checkpoint: Path, *, data_root: str | None, persona: str | None) -> Config:
-    """The settings that a checkpoint is evaluated with."""
+    """The settings that a checkpoint is evaluated with; its run is the one whose folder it lies in now."""
     from selfemo_jax.checkpoint import find_checkpoint
-    from selfemo_jax.config_io import load_config
+    from selfemo_jax.config_io import config_folder, load_config
 
     found = find_checkpoint(checkpoint)
     config, _ = load_config([], prog="selfemo_jax.study", base=lambda _: found.config_file)
     config = found.settings(config)
+    if found.config_file.parent != config_folder():
+        config = replace(config, run_dir=str(found.config_file.parent))
     if data_root:
         config = replace(config, data=replace(config.data, root=data_root))
     if persona:

@@ -261,6 +261,20 @@ def test_a_person_is_one_judge_more(tmp_path, capsys):
     assert "not among these pairs" in capsys.readouterr().err
 
 
+def test_it_is_said_where_judges_read_nothing_of_the_person(tmp_path, capsys):
+    pairs = [pair(n, "old", "new", **({} if n else {"persona": None})) for n in range(3)]
+    path, sheet = pairs_file(tmp_path, pairs), tmp_path / "ann.csv"
+    assert main(["judge", "--pairs", str(path), "--export-sheet", str(sheet)]) == 0
+    filled(sheet)
+    words = ["judge", "--pairs", str(path), "--sheets", str(sheet)]
+    assert main(words) == 0
+    assert "judges read who the person is in 2 of 3 pairs" in capsys.readouterr().out
+    assert json.loads((tmp_path / "judge.json").read_text())["pairs with a persona"] == 2
+    path.write_text("".join(json.dumps(one | {"persona": "Ana is patient."}) + "\n" for one in pairs))
+    assert main(words) == 0
+    assert "who the person is" not in capsys.readouterr().out
+
+
 def test_mistakes_are_named(tmp_path, capsys):
     path = pairs_file(tmp_path, [pair(1, "a", "b")])
     assert main(["judge"]) == 2

@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from selfemo_jax import run_biographies, run_data
+from selfemo_jax import run_biographies, run_data, run_personas
+from selfemo_jax.config_io import read_config, to_yaml
+from selfemo_jax.settings.experts import Endpoint
 from selfemo_jax.study import replies
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.replies import distinct_bigrams, example, read_pairs
+from selfemo_jax.study.replies import distinct_bigrams, example, inputs_of, read_pairs, settings_of
 from tests import micro
 from tests.fabricated import sample, settings
 
@@ -71,6 +75,77 @@ def test_each_policy_is_asked_with_the_biographies_of_its_own_run(monkeypatch):
         pairs, _ = replies.answer_pairs(args, Path(first), Path(second))
         assert len(pairs) == 2 and asked == [{first}, {second}]
         assert loaded == [first] if first == second else loaded == [first, second]
+
+
+@pytest.fixture
+def with_experts(tmp_path):
+    """A finished run whose experts wrote of each dev history, in another folder than it was made in."""
+    run = tmp_path / "moved"
+    shutil.copytree(micro.base_run(), run)
+    config = read_config(run / "config.yaml")
+    asks = replace(config.persona, source="expert", scope="history", splits=["train", "dev"])
+    owl = Endpoint(name="owl", kind="replay", model="m", record="gone")
+    config = replace(config, persona=asks, expert=replace(config.expert, endpoints=[owl]))
+    (run / "config.yaml").write_text(to_yaml(config))
+    lines = [
+        {"piece": f"{one.id}#history", "source": "owl", "theme": "rain",
+         "personas": {name: f"{name} is patient." for name, _ in one.history}}
+        for one in run_data.load_data(config).split("dev")
+    ]  # fmt: skip
+    (run / "personas.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_replies_are_given_as_the_persons_that_experts_described(with_experts, tmp_path):
+    for told, expected in (("given", True), ("none", False)):
+        inputs = inputs_of(settings_of(with_experts, data_root=None, persona=told), "dev")
+        of_experts = [one for one in inputs if one.theme == "rain"]
+        assert bool(of_experts) == expected
+    words = [str(with_experts / "phases" / "00_cold"), str(with_experts), "--num", "6", "--split", "dev"]
+    assert main(["replies", *words, "--persona", "given", "--out", str(tmp_path / "out")]) == 0
+    pairs, _ = read_pairs(tmp_path / "out" / "replies.jsonl")
+    for pair in pairs:
+        spoken = pair["responder"] in {name for name, _ in pair["history"]}
+        assert pair["persona"] == (f"{pair['responder']} is patient." if spoken else None)
+    assert any(pair["persona"] for pair in pairs)
+
+
+def test_both_policies_speak_as_the_same_persons(monkeypatch):
+    """Each run's experts wrote sentences of their own; a judge is shown one."""
+    configs = {
+        name: settings(run_dir=name, eval={"persona": told})
+        for name, told in (("bare", "given"), ("old", "given"), ("new", "given"), ("shy", "none"))
+    }
+    knows = {"bare": {}, "old": {0: "a", 1: "b"}, "new": {0: "c"}, "shy": {}}
+    asked = []
+
+    def tell(config, data, *, split):
+        inputs = [
+            replace(one, persona=knows[config.run_dir].get(n)) for n, one in enumerate(data.split(split))
+        ]
+        return SimpleNamespace(split=lambda name: tuple(inputs))
+
+    def answer(config, samples):
+        asked.append([one.persona for one in samples])
+        return [{} for _ in samples], ""
+
+    inputs = tuple(sample(n, gold={"joy": 1.0}) for n in range(3))
+    monkeypatch.setattr(replies, "settings_of", lambda path, **_: configs[path.name])
+    monkeypatch.setattr(run_data, "load_data", lambda config: SimpleNamespace(split=lambda name: inputs))
+    monkeypatch.setattr(run_personas, "with_personas", tell)
+    monkeypatch.setattr(replies, "answers_of", answer)
+    args = argparse.Namespace(num=3, data_root=None, persona=None, split="dev", seed=0)
+    for first, second, expected in (
+        ("bare", "old", ["a", "b", None]),
+        ("old", "bare", ["a", "b", None]),
+        ("old", "new", ["c", "b", None]),
+        ("shy", "new", ["c", None, None]),
+        ("shy", "shy", [None, None, None]),
+    ):
+        asked.clear()
+        pairs, _ = replies.answer_pairs(args, Path(first), Path(second))
+        assert asked == [expected, expected]
+        assert [pair["persona"] for pair in pairs] == expected
 
 
 def test_a_reply_is_text_in_the_page():
