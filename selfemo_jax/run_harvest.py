@@ -167,7 +167,8 @@ def harvest_table(name: str, report: Mapping[str, Any]) -> Table:
     counts += [f"{count} {reason}" for reason, count in report["rejected"].items()]
     places = [f"{report['training']} to train on", f"{report['heldout']} held out"]
     places += [f"{count} left out by {reason}" for reason, count in report["left_out"].items()]
-    drift = f"{report['divergence']['training']:.3f} bits from the human labels"
+    bits = report["divergence"]
+    drift = f"{bits['accepted']:.3f} bits from the human labels, {bits['training']:.3f} of what is trained on"
     table = Table(
         title=f"{name}: {', '.join(counts)}",
         caption=f"{', '.join(places)}; {drift}",

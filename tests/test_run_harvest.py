@@ -137,4 +137,4 @@ def test_a_drifted_harvest_is_reported_and_stops_the_run(tmp_path):
         closed(tmp_path, drift={"alarm": 0.01, "stop": 0.01})
     assert json.loads((tmp_path / "harvest.json").read_text())["accepted"] == 80
     report, said, _ = closed(tmp_path, drift={"alarm": 0.01})
-    assert report["alarm"].startswith("alarm") and "bits from the human" in said[0]
+    assert report["alarm"].startswith("alarm") and "far from the human" in said[0]

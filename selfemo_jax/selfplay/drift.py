@@ -93,11 +93,24 @@ def harvest_report(
 
 
 def check_drift(report: Mapping[str, Any], config: Config) -> str:
-    """An alarm in words, or nothing; `DriftError` where the run must not train on the harvest."""
-    drift, value = config.flywheel.drift, report["divergence"]["training"]
-    if report["training"] < drift.least or value < drift.alarm:
+    """An alarm in words, or nothing; `DriftError` where the run must not train on the harvest.
+
+    What was accepted counts as well as what is left to train on: the bound on labels hides a collapse, as it
+    leaves a handful of inputs in fair shares.
+    """
+    drift = config.flywheel.drift
+    measured = [name for name in ("accepted", "training") if report[name] >= drift.least]
+    value = max((report["divergence"][name] for name in measured), default=0.0)
+    if not measured or value < drift.alarm:
         return ""
-    words = f"the labels of {report['training']} synthetic inputs are {value:.3f} bits from the human ones"
+    words = " and ".join(
+        f"{found:.3f} bits for the {number} synthetic inputs {what}"
+        for what, number, found in (
+            ("accepted", report["accepted"], report["divergence"]["accepted"]),
+            ("to train on", report["training"], report["divergence"]["training"]),
+        )
+    )
+    words = f"the labels are far from the human ones: {words}"
     if drift.stop is not None and value >= drift.stop:
         raise DriftError(
             f"{words}, and flywheel.drift.stop is {drift.stop}: the policy's declared emotions have drifted; "

@@ -108,15 +108,16 @@ class Verifier:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Jensen-Shannon divergence (base 2, from 0 to 1) of a harvest's gold labels to the human ones, the mean
-    over data sets weighted by their synthetic inputs."""
+    """Jensen-Shannon divergence (base 2, from 0 to 1) of a harvest's labels to the human ones, the mean over
+    data sets weighted by their synthetic inputs: of those accepted, or of those left to train on, whichever
+    is further."""
 
     alarm: Share = 0.1
     """Divergence from which the harvest is reported as drifting."""
     stop: Share | None = None
     """Divergence from which the run stops before it trains on the harvest; null: never."""
     least: Count = 50
-    """Synthetic inputs below which a divergence is noise and only reported."""
+    """Synthetic inputs, accepted or to train on, below which their divergence is noise and only reported."""
 
 
 @dataclass(frozen=True, kw_only=True)

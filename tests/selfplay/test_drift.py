@@ -124,6 +124,42 @@ def test_a_small_harvest_neither_alarms_nor_stops():
     assert check_drift(*drifting(49, stop=0.9, least=49)) != ""
 
 
+@pytest.mark.parametrize(
+    ("shares", "left", "bits"),
+    # The other label has 1/20 among humans, joy 19/20. All fear: (log2(40/21) + log2(2/21) / 20
+    # + 19/20) / 2, with the mean at 21/40 and 19/40.
+    [({"fear": 200}, 1, 0.855), ({"fear": 180, "joy": 20}, 23, None)],
+)
+def test_a_collapse_is_seen_though_the_balance_leaves_fair_shares_of_it(shares, left, bits):
+    human = {"meld": {"joy": 0.95, "fear": 0.05}}
+    labels = [label for label, count in shares.items() for _ in range(count)]
+    children = [declared(label, n) for n, label in enumerate(labels)]
+    chosen = choose(children, n_syn=8000, heldout=0.0, seed=0, human=human, max_label_ratio=2.0)
+    config = settings(flywheel={"drift": {"stop": 0.2}, "retrain": {"init": "cold"}})
+    report = harvest_report([record(child) for child in children], chosen, human, [], config)
+    assert report["training"] == left < config.flywheel.drift.least
+    if bits is not None:
+        expected = (np.log2(40 / 21) + np.log2(2 / 21) / 20 + 19 / 20) / 2
+        assert report["divergence"]["accepted"] == pytest.approx(expected)
+        assert expected == pytest.approx(bits, abs=1e-3)
+    with pytest.raises(DriftError, match=f"bits for the 200 .* accepted and .* the {left} .* to train on"):
+        check_drift(report, config)
+
+
+def test_a_small_rest_to_train_on_is_noise_where_what_was_accepted_is_fair():
+    children = [declared("joy" if n % 2 else "fear", n) for n in range(60)]
+    config = settings(flywheel={"drift": {"stop": 0.2}, "retrain": {"init": "cold"}})
+    report = harvest_report(
+        [record(child) for child in children],
+        Selection(training=children[1:2], heldout=()),
+        HUMAN,
+        [],
+        config,
+    )
+    assert report["divergence"]["training"] > 0.3 and report["divergence"]["accepted"] < 1e-9
+    assert check_drift(report, config) == ""
+
+
 def test_replies_are_measured_by_their_words():
     replies = ["We row far.", "we row FAR", "Home"]
     found = reply_statistics(replies, threshold=0.8)
