@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfemo_jax.rollout.records import FOLDER, step_file
+from selfemo_jax.run_note import joined_notes, run_note
 from selfemo_jax.selfplay.show import PALETTE, plain, said, weights
 
 KINDS = ("best", "worst", "disagreeing", "malformed")
@@ -61,21 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.num < 1:
             raise ValueError(f"--num is {arguments.num}; expected 1 or more")
         run = Path(arguments.run)
-        step = find_step(run, arguments.step)
+        step, note = find_step(run, arguments.step), run_note(run)
         groups = chosen(load_step(run, step), arguments, where=f"{run}, step {step}")
         if arguments.against is not None:
             other_run, other_step = _other(run, arguments.against)
             where = f"{other_run}, step {other_step}"
             others = chosen(load_step(other_run, other_step), arguments, where=where)
             names = (f"{run.name}:{step}", f"{other_run.name}:{other_step}")
+            if note := joined_notes([note, run_note(other_run)]):
+                console.print(note, markup=False, soft_wrap=True)
             compare(groups, others, names, console, num=arguments.num)
             return 0
         shown = pick(groups, arguments.show, arguments.num, code=arguments.code)
         if arguments.json:
             for _, rollouts in shown:
                 for rollout in rollouts:
-                    print(json.dumps(rollout, ensure_ascii=False))
+                    print(json.dumps({"note": note, **rollout} if note else rollout, ensure_ascii=False))
             return 0
+        if note:
+            console.print(note, markup=False, soft_wrap=True)
         console.print(summary([groups], [f"{run.name}:{step}"]))
         for group, rollouts in shown:
             show_group(group, rollouts, console)

@@ -48,6 +48,7 @@ GROUPS = {
     "config_io": "config",
     "config_check": "config",
     "settings": "config",
+    "run_note": "config",
     "sinks": "runlog",
     "optimizer": "train_step",
 }

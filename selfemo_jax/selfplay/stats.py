@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfemo_jax.data.inputs import Sample
+from selfemo_jax.run_note import run_note
 from selfemo_jax.selfplay.show import plain, said, weights
 from selfemo_jax.selfplay.store import read_store
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     run = Path(arguments.run)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    harvests = load_harvests(run)
+    harvests, note = load_harvests(run), run_note(run)
     rewards = rewards_by_origin(run)
     found = {name: checks(report, least=arguments.least) for name, report in harvests.items()}
     if arguments.json:
@@ -67,16 +68,24 @@ def _show(arguments: argparse.Namespace) -> int:
             }
             for name, report in harvests.items()
         }
-        print(json.dumps({"harvests": content, "rewards": rewards}, indent=1, ensure_ascii=False))
+        result = {"note": note, "harvests": content, "rewards": rewards}
+        print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
         for name, report in harvests.items():
-            console.print(counts_table(name, report))
-            console.print(labels_table(name, report))
-            console.print(checks_table(name, found[name]))
+            _print(console, counts_table(name, report), note)
+            _print(console, labels_table(name, report), note)
+            _print(console, checks_table(name, found[name]), note)
             for sample in some_inputs(run, report, arguments.num):
                 show(sample, console)
-        console.print(rewards_table(rewards))
+        _print(console, rewards_table(rewards), note)
     return 0 if all(check.passed for listed in found.values() for check in listed) else 1
+
+
+def _print(console: Console, table: Table, note: str) -> None:
+    """The table under the words that its numbers carry, which its title might break in two."""
+    if note:
+        console.print(note, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def load_harvests(run: Path) -> dict[str, dict[str, Any]]:

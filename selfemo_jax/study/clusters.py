@@ -26,6 +26,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.study import showing
+from selfemo_jax.study.reading import joined_notes, run_note
 
 MASK = "someone"
 NOISE = -1
@@ -86,8 +88,12 @@ def main(args: argparse.Namespace) -> int:
     else:
         vectors, how = tfidf_vectors(masked), f"TF-IDF, SVD to at most {SVD_DIMS} dimensions"
     result = cluster(masked, vectors, min_cluster_size=args.min_cluster_size, min_samples=args.min_samples)
-    write(out, found, result, how=how, most=args.most)
-    Console(width=None if sys.stdout.isatty() else 140).print(cluster_table(result, how))
+    sources = [args.run or args.personas.parent, *([Path(args.checkpoint)] if args.checkpoint else [])]
+    note = joined_notes([run_note(source) for source in sources])
+    write(out, found, result, how=how, most=args.most, note=note)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(showing.titled(f"{len(result.labels)} personas; {how}", note), markup=False, soft_wrap=True)
+    console.print(cluster_table(result))
     return 0
 
 
@@ -249,9 +255,10 @@ def cluster_names(sentences: Sequence[str], labels: np.ndarray) -> tuple[str, ..
     return tuple(names)
 
 
-def write(out: Path, found: Sequence[Persona], result: Clustering, *, how: str, most: int) -> None:
-    """The counts, the persona of every point, and the picture."""
+def write(out: Path, found: Sequence[Persona], result: Clustering, *, how: str, most: int, note: str) -> None:
+    """The counts, the persona of every point, and the picture; ``note`` is what the numbers carry."""
     summary = {
+        "note": note,
         "personas": len(found),
         "embedding": how,
         "noise_share": round(result.noise_share, 4),
@@ -262,10 +269,10 @@ def write(out: Path, found: Sequence[Persona], result: Clustering, *, how: str, 
     }
     atomic_write(out / "clusters.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     atomic_write(out / "persona_clusters.jsonl", "".join(_lines(found, result)))
-    draw(out / "clusters.png", result, most=most)
+    draw(out / "clusters.png", result, most=most, note=note)
 
 
-def draw(path: Path, result: Clustering, *, most: int) -> None:
+def draw(path: Path, result: Clustering, *, most: int, note: str) -> None:
     """A 2-D picture: the largest clusters in colour with their names and counts, the rest in grey."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -282,18 +289,17 @@ def draw(path: Path, result: Clustering, *, most: int) -> None:
         label = f"{result.names[place]}: {result.counts[place]}"
         axes.scatter(*result.points[result.labels == place].T, s=12, color=colours(place % 20), label=label)
     axes.set(xlabel="first principal component", ylabel="second principal component")
-    axes.set_title(f"{len(result.names)} clusters of {len(result.labels)} personas")
+    axes.set_title(showing.titled(f"{len(result.names)} clusters of {len(result.labels)} personas", note))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def cluster_table(result: Clustering, how: str) -> Table:
+def cluster_table(result: Clustering) -> Table:
     """Clusters, largest first, and the share of noise."""
     noise = int((result.labels == NOISE).sum())
     table = Table(
-        title=f"{len(result.labels)} personas, {len(result.names)} clusters, {noise} in none "
-        f"({100 * result.noise_share:.1f} %); {how}",
+        title=f"{len(result.names)} clusters, {noise} in none ({100 * result.noise_share:.1f} %)",
         title_justify="left",
     )
     table.add_column("cluster")

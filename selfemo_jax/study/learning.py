@@ -34,6 +34,8 @@ from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
 from selfemo_jax.run_data import load_data
 from selfemo_jax.scores import greedy_answers
+from selfemo_jax.study import showing
+from selfemo_jax.study.reading import joined_notes, run_note
 from selfemo_jax.study.same_settings import check_made_by
 
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -152,6 +154,7 @@ def study(
     """Train each arm with each seed (finished ones are kept, interrupted ones resumed), compare, print and
     write ``learning.json``."""
     results: dict[str, Rise] = {}
+    note = ""
     for arm in arms:
         measured = []
         for seed in seeds:
@@ -161,13 +164,13 @@ def study(
         before = np.stack([run["before"] for run in measured])
         after = np.stack([run["after"] for run in measured])
         results[arm] = rise(before, after, list(measured[0]["roots"]))
-        _print(results, splits, num_inputs=before.shape[1])
+        note = joined_notes([note, *(run_note(folder / f"{arm}_{seed}") for seed in seeds)])
+        _print(results, splits, num_inputs=before.shape[1], note=note)
         summary = {
             name: vars(value) | {"mean": value.mean, "holds": value.holds} for name, value in results.items()
         }
-        atomic_write(
-            folder / "learning.json", json.dumps({"splits": list(splits), "arms": summary}, indent=1) + "\n"
-        )
+        content = {"note": note, "splits": list(splits), "arms": summary}
+        atomic_write(folder / "learning.json", json.dumps(content, indent=1) + "\n")
     return results
 
 
@@ -184,8 +187,9 @@ def _train(run_dir: Path, arguments: Sequence[str]) -> None:
         raise ValueError(f"{' '.join(command)} ended with {status}; its output is in {log.name}")
 
 
-def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: int) -> None:
-    table = Table(title=f"greedy r1 on {' + '.join(splits)} ({num_inputs} inputs)", title_justify="left")
+def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: int, note: str) -> None:
+    title = showing.titled(f"greedy r1 on {' + '.join(splits)} ({num_inputs} inputs)", note)
+    table = Table()
     for column in ("arm", "after cold start", "after RL", "difference", "SE seeds", "SE dialogues", "rise"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, value in results.items():
@@ -198,4 +202,7 @@ def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: in
             f"{value.se_dialogues:.4f}",
             "yes" if value.holds else "no",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    # Above the table and not in it, where it would be broken to the table's width.
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from selfemo_jax.run_note import joined_notes, run_note
 
 Line = Mapping[str, Any]
 
@@ -51,21 +51,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the run has taken no step")
     return lines
-
-
-def run_note(folder: Path) -> str:
-    """The words that every number of a run carries, also of a phase or checkpoint inside it."""
-    for place in (folder.resolve(), *folder.resolve().parents[:3]):
-        path = place / "config.yaml"
-        if path.is_file():
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return str(content.get("note") or "") if isinstance(content, dict) else ""
-    return ""
-
-
-def joined_notes(notes: Sequence[str]) -> str:
-    """Each note once."""
-    return "; ".join(dict.fromkeys(part for note in notes for part in note.split("; ") if part))
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
