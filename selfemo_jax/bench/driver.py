@@ -1,16 +1,20 @@
-"""Runs a benchmark: weights, tokens, the sides' processes, agreement before timing, rounds taken in turns."""
+"""Runs a benchmark: weights, tokens, the sides' processes, agreement before timing, rounds taken in turns.
+
+What a side cannot do costs its own rows and no other: everything else that was measured is kept and told.
+"""
 
 import dataclasses
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from selfemo_jax.bench import results
+from selfemo_jax.bench.agreement import Disagreement, check
 from selfemo_jax.bench.contestants import Contestant, contestants
 from selfemo_jax.bench.process import SideError, SideProcess, start_side
 from selfemo_jax.bench.settings import BenchSettings
@@ -18,12 +22,6 @@ from selfemo_jax.bench.task import PACKED_WORK, Task, make_task
 from selfemo_jax.model.flops import known_device
 
 Say = Callable[[str], None]
-GREEDY_SHARE = 0.98
-"""Greedy tokens that must be equal in float32; a tie of two logits may fall either way."""
-
-
-class Disagreement(RuntimeError):
-    """The sides do not compute the same: nothing is timed."""
 
 
 @dataclass
@@ -31,9 +29,11 @@ class _Opened:
     """A contestant's runs so far."""
 
     who: Contestant
-    first: dict[str, Any]
+    first: dict[str, Any] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     peaks: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False
+    """Whether its side could not go on with it: it has no row then."""
 
 
 class Driver:
@@ -51,14 +51,19 @@ class Driver:
         self.left_out: list[dict[str, Any]] = []
         self.unavailable: list[dict[str, str]] = []
         self.profiles: list[dict[str, Any]] = []
+        self.disagreements: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Everything measured, as `results` describes it."""
         began, load = time.strftime("%Y-%m-%dT%H:%M:%S%z"), os.getloadavg()
+        # All tokens first: lengths that do not fit into rows are known before anything is measured.
+        cases = [
+            (point, settings, make_task(settings, self._folder / _case_name(point)))
+            for point, settings in points(self._settings)
+        ]
         self._prepare()
-        for point, settings in points(self._settings):
-            name = "_".join(f"{key}{value}" for key, value in point.items()) or "base"
-            task = make_task(settings, self._folder / name)
+        for point, settings, task in cases:
+            self._devices = settings.devices
             for phase in settings.phases:
                 self._phase(phase, settings, task, point)
         return results.assemble(
@@ -68,6 +73,7 @@ class Driver:
             left_out=self.left_out,
             unavailable=self.unavailable,
             profiles=self.profiles,
+            disagreements=self.disagreements,
             peak=self._peak(),
             began=began,
             load={"before": load, "after": os.getloadavg()},
@@ -80,32 +86,52 @@ class Driver:
         self._processes.clear()
 
     def _prepare(self) -> None:
-        """Write the weights, and ask the sides what they are."""
-        model = dataclasses.asdict(self._settings.model_config)
-        case = {"phase": "weights", "model": model, "seed": self._settings.seed}
-        jax = self._side("jax", 1)
+        """Ask the sides what they are, and write the weights."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        if not (self._model / "config.json").exists():
-            jax.ask("open", name="weights", case=case | {"model_folder": str(self._model.resolve())})
-            jax.ask("close", name="weights")
-        sides = {"both": ("jax", "torch")}.get(self._settings.backend, (self._settings.backend,))
-        for side in sides:
-            self._described[side] = self._side(side, 1).ask("describe")
-            products = {"phase": "products", "dtype": self._settings.dtype}
-            answer = self._side(side, 1).ask("open", name="products", case=products)
-            self._side(side, 1).ask("close", name="products")
-            self._products[side] = answer["values"]["flops_per_s"]
+        # First what may not be there at all.
+        if self._settings.backend != "jax":
+            self._describe_torch()
+        if self._settings.backend != "torch":
+            self._describe("jax")
         platforms = {side: found["platform"] for side, found in self._described.items()}
         if len(set(platforms.values())) > 1:
             raise ValueError(f"bench: the sides run on different devices: {platforms}; set --platform")
-        if "torch" in sides and "rl_step" in self._settings.phases:
+        if "torch" in self._described and "rl_step" in self._settings.phases:
             try:
                 self._described["trl"] = self._side("trl", 1).ask("describe")
             except SideError as error:
                 self._say(f"TRL is left out: {error}")
-                self._processes.pop(("trl", 1)).close()
-        if not self._together:
+        self._write_weights()
+        if not self._together or self._settings.devices > 1:
             self.close()
+
+    def _write_weights(self) -> None:
+        """By the converter, for all sides; a kept folder may have them."""
+        if (self._model / "config.json").exists():
+            return
+        model = dataclasses.asdict(self._settings.model_config)
+        case = {"phase": "weights", "model": model, "seed": self._settings.seed}
+        jax = self._side("jax", 1)
+        jax.ask("open", name="weights", case=case | {"model_folder": str(self._model.resolve())})
+        jax.ask("close", name="weights")
+
+    def _describe(self, side: str) -> None:
+        described = self._side(side, self._settings.devices).ask("describe")
+        # The peak is one device's, so that is what is asked.
+        products = {"phase": "products", "dtype": self._settings.dtype}
+        answer = self._side(side, 1).ask("open", name="products", case=products)
+        self._side(side, 1).ask("close", name="products")
+        self._products[side] = answer["values"]["flops_per_s"]
+        self._described[side] = described
+
+    def _describe_torch(self) -> None:
+        """Where nobody named an environment of PyTorch and this one has none, JAX is measured alone."""
+        try:
+            self._describe("torch")
+        except SideError as error:
+            if self._settings.backend == "torch" or self._settings.torch_python is not None:
+                raise
+            self._leave_out("all phases", "torch", error)
 
     @property
     def _together(self) -> bool:
@@ -128,6 +154,8 @@ class Driver:
 
     def _side(self, side: str, devices: int) -> SideProcess:
         key = side, devices
+        if key in self._processes and self._processes[key].ended:
+            self._processes.pop(key).close()
         if key not in self._processes:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._processes[key] = start_side(
@@ -138,60 +166,62 @@ class Driver:
     # One phase
 
     def _phase(self, phase: str, settings: BenchSettings, task: Task, point: dict[str, int]) -> None:
-        attentions = tuple(self._described.get("torch", {}).get("flags", {}).get("attention", ("sdpa",)))
+        torch = self._described.get("torch", {})
+        attentions = tuple(torch.get("flags", {}).get("attention", ("sdpa",)))
         trl = "trl" in self._described.get("trl", {}).get("versions", {})
         entered = contestants(phase, settings, attentions=attentions, trl=trl)
-        if not trl and phase == "rl_step" and settings.backend != "jax":
-            self.unavailable.append(
-                {"phase": phase, "label": "TRL", "error": "trl is not installed in --trl_python"}
-            )
-        finalists = self._trial(entered, settings, task)
-        opened = {who.label: _Opened(who=who, first={}) for who in finalists}
-        if self._together:
-            self._in_rounds(finalists, opened, settings, task)
-        else:
-            self._in_sittings(finalists, opened, settings, task)
-        for one in opened.values():
+        entered = [who for who in entered if who.side in self._described]
+        if not trl and phase == "rl_step" and torch:
+            self._leave_out(phase, "TRL", "trl is not installed in --trl_python")
+        opened = [_Opened(who=who) for who in self._trial(entered, settings, task)]
+        take_turns = self._in_rounds if self._together else self._in_sittings
+        try:
+            take_turns(opened, settings, task)
+        except Disagreement as error:
+            self.disagreements.append(str(error))
+            self._leave_out(phase, "all", error)
+            return
+        for one in opened:
             if one.runs:
                 self._record(one, settings, task, point)
 
-    def _in_rounds(
-        self, finalists: Sequence[Contestant], opened: dict[str, _Opened], settings: BenchSettings, task: Task
-    ) -> None:
+    def _in_rounds(self, opened: Sequence[_Opened], settings: BenchSettings, task: Task) -> None:
         with ExitStack() as stack:
-            ready = []
-            for who in finalists:
-                first = self._open(stack, who, settings, task, opened[who.label])
-                if first is None:
-                    continue
-                opened[who.label].first = first
-                ready.append(who)
-                self._check([opened[one.label] for one in ready], settings)
-            for who in ready:
-                self._ask(who, "run", num=settings.warmup)
+            for one in opened:
+                self._open(stack, one, settings, task)
+                self._check(opened, settings)
+            for one in opened:
+                self._attempt(one, "run", num=settings.warmup)
             for _ in range(settings.rounds):
-                for who in ready:
-                    opened[who.label].runs += self._ask(who, "run", num=1)["runs"]
-            self._profile(ready, settings, task)
+                for one in opened:
+                    self._time(one, num=1)
+            for one in opened:
+                self._profile(one, settings, task)
 
-    def _in_sittings(
-        self, finalists: Sequence[Contestant], opened: dict[str, _Opened], settings: BenchSettings, task: Task
-    ) -> None:
+    def _in_sittings(self, opened: Sequence[_Opened], settings: BenchSettings, task: Task) -> None:
         halves = (-(-settings.rounds // 2), settings.rounds // 2)
         for sitting, num in enumerate(halves):
-            for who in finalists:
-                with ExitStack() as stack:
-                    first = self._open(stack, who, settings, task, opened[who.label])
-                    if first is None:
-                        continue
+            for one in opened:
+                # Its process ends whatever happens: JAX's would keep the memory that the next one needs.
+                with self._leaving(), ExitStack() as stack:
+                    self._open(stack, one, settings, task)
                     if sitting == 0:
-                        opened[who.label].first = first
-                        self._check([one for one in opened.values() if one.first], settings)
-                    self._ask(who, "run", num=settings.warmup)
-                    opened[who.label].runs += self._ask(who, "run", num=num)["runs"]
+                        self._check(opened, settings)
+                    self._attempt(one, "run", num=settings.warmup)
+                    self._time(one, num=num)
                     if sitting == 1:
-                        self._profile([who], settings, task)
-                self.close()
+                        self._profile(one, settings, task)
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.close()
+
+    def _check(self, opened: Sequence[_Opened], settings: BenchSettings) -> None:
+        values = {one.who.label: one.first["values"] for one in opened if one.first and not one.failed}
+        check(opened[0].who.phase, values, settings)
 
     def _trial(self, entered: Sequence[Contestant], settings: BenchSettings, task: Task) -> list[Contestant]:
         """The fastest of each seat, by two runs of each; a seat with one contestant needs none."""
@@ -205,11 +235,13 @@ class Driver:
                 continue
             seconds: dict[str, float] = {}
             for who in candidates:
+                one = _Opened(who=who)
                 with ExitStack() as stack:
-                    if self._open(stack, who, settings, task, None) is not None:
-                        self._ask(who, "run", num=1)
-                        runs = self._ask(who, "run", num=2)["runs"]
-                        seconds[who.label] = min(run["seconds"] for run in runs)
+                    self._open(stack, one, settings, task)
+                    self._attempt(one, "run", num=1)
+                    self._time(one, num=2)
+                if one.runs:
+                    seconds[who.label] = min(run["seconds"] for run in one.runs)
                 if not self._together:
                     self.close()
             if not seconds:
@@ -223,72 +255,64 @@ class Driver:
             ]  # fmt: skip
         return [who for who in entered if who in chosen]
 
-    @contextmanager
-    def _closing(self, who: Contestant, one: _Opened | None) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            # A process that has ended has nothing left to close.
-            try:
-                peaks = self._ask(who, "close")
-            except SideError:
-                peaks = {}
-            if one is not None:
-                one.peaks = peaks
-
-    def _open(
-        self, stack: ExitStack, who: Contestant, settings: BenchSettings, task: Task, one: _Opened | None
-    ) -> dict[str, Any] | None:
-        """The first run of a contestant, or None where its side cannot do it."""
-        self._devices = settings.devices
-        case = who.case(settings, task.folder, self._model)
-        try:
-            first = self._ask(who, "open", case=case)
-        except SideError as error:
-            self._say(f"{who.phase}: {who.label} left out: {error}")
-            self.unavailable.append({"phase": who.phase, "label": who.label, "error": str(error)})
-            return None
-        stack.enter_context(self._closing(who, one))
+    def _open(self, stack: ExitStack, one: _Opened, settings: BenchSettings, task: Task) -> None:
+        """The first run of a contestant; it is closed with the stack."""
+        who = one.who
+        first = self._attempt(one, "open", case=who.case(settings, task.folder, self._model))
+        if first is None:
+            return
+        stack.callback(self._close, one)
         # A second opening finds its programs in the caches on disk: only the first says what compiling takes.
         compiled = self._firsts.setdefault((task.folder.name, who.phase, who.label), first)
         self._say(
             f"{who.phase}: {who.label}, built in {first['build_s']:.1f} s, first run {first['first_s']:.1f} s"
         )
-        return first | {name: compiled[name] for name in ("build_s", "first_s")}
+        if not one.first:
+            one.first = first | {name: compiled[name] for name in ("build_s", "first_s")}
 
-    def _ask(self, who: Contestant, command: str, **request: Any) -> dict[str, Any]:
-        return self._side(who.side, self._devices).ask(command, name=who.label, **request)
+    def _close(self, one: _Opened) -> None:
+        # A process that has ended has nothing left to close.
+        if not self._processes[one.who.side, self._devices].ended:
+            with suppress(SideError):
+                one.peaks = self._ask(one, "close")
 
-    def _check(self, opened: Sequence[_Opened], settings: BenchSettings) -> None:
-        """Same losses, gradient norms and greedy tokens, before anything is timed."""
-        phase = opened[0].who.phase
-        values = {one.who.label: one.first["values"] for one in opened}
-        losses = {label: found["loss"] for label, found in values.items() if "loss" in found}
-        if losses and max(losses.values()) - min(losses.values()) > settings.loss_tolerance:
-            raise Disagreement(f"{phase}: losses differ by more than {settings.loss_tolerance}: {losses}")
-        norms = {label: found["grad_norm"] for label, found in values.items() if "grad_norm" in found}
-        bound = 1e-3 if settings.dtype == "float32" else 5e-2
-        if norms and max(norms.values()) > (1 + bound) * min(norms.values()):
-            raise Disagreement(f"{phase}: gradient norms differ by more than {bound:.1%}: {norms}")
-        tokens = {label: found["tokens"] for label, found in values.items() if "tokens" in found}
-        expected = settings.groups * settings.group_size * settings.completion
-        if set(tokens.values()) - {expected}:
-            raise Disagreement(f"{phase}: {expected} tokens were to be sampled, found {tokens}")
-        greedy = {label: found["greedy"] for label, found in values.items() if "greedy" in found}
-        if settings.dtype == "float32" and greedy:
-            reference = next(iter(greedy.values()))
-            for label, tokens in greedy.items():
-                share = sum(a == b for a, b in zip(tokens, reference, strict=True)) / len(reference)
-                if share < GREEDY_SHARE:
-                    raise Disagreement(f"{phase}: {label} has {share:.0%} of the greedy tokens of the first")
+    def _time(self, one: _Opened, *, num: int) -> None:
+        if (answer := self._attempt(one, "run", num=num)) is not None:
+            one.runs += answer["runs"]
 
-    def _profile(self, who: Sequence[Contestant], settings: BenchSettings, task: Task) -> None:
-        if settings.profile:
-            for one in who:
-                name = f"{task.folder.name}_{one.phase}_{one.label}".replace(" ", "_")
-                folder = Path(settings.profile).resolve() / name
-                items = self._ask(one, "profile", folder=str(folder))["items"]
-                self.profiles.append({"phase": one.phase, "label": one.label, "folder": name, "items": items})
+    def _attempt(self, one: _Opened, command: str, **request: Any) -> dict[str, Any] | None:
+        """The answer, or None where the side could not: then its runs are dropped and it is asked no more."""
+        if one.failed:
+            return None
+        try:
+            return self._ask(one, command, **request)
+        except SideError as error:
+            one.failed = True
+            one.runs.clear()
+            self._leave_out(one.who.phase, one.who.label, error)
+            return None
+
+    def _ask(self, one: _Opened, command: str, **request: Any) -> dict[str, Any]:
+        return self._side(one.who.side, self._devices).ask(command, name=one.who.label, **request)
+
+    def _leave_out(self, phase: str, label: str, error: object) -> None:
+        self._say(f"{phase}: {label} left out: {error}")
+        self.unavailable.append({"phase": phase, "label": label, "error": str(error)})
+
+    def _profile(self, one: _Opened, settings: BenchSettings, task: Task) -> None:
+        """A trace of one more run; what was timed stands without it."""
+        if not settings.profile or one.failed:
+            return
+        who = one.who
+        name = f"{task.folder.name}_{who.phase}_{who.label}".replace(" ", "_")
+        found: dict[str, Any] = {"phase": who.phase, "label": who.label, "folder": name, "items": []}
+        try:
+            folder = str(Path(settings.profile).resolve() / name)
+            found["items"] = self._ask(one, "profile", folder=folder)["items"]
+        except SideError as error:
+            self._say(f"{who.phase}: no trace of {who.label}: {error}")
+            found["error"] = str(error)
+        self.profiles.append(found)
 
     def _record(self, one: _Opened, settings: BenchSettings, task: Task, point: dict[str, int]) -> None:
         """One row for each phase that the runs hold."""
@@ -300,7 +324,7 @@ class Driver:
             **one.peaks,
         }  # fmt: skip
         if who.phase == "generate":
-            for phase in ("prefill", "decode", "rollout"):
+            for phase in results.GENERATED:
                 seconds = [run["values"][f"{phase}_s"] for run in one.runs]
                 tokens, flops = task.tokens(settings, phase), task.flops(settings, phase, "")
                 self.rows.append(common | results.measured(phase, seconds, tokens=tokens, flops=flops))
@@ -320,10 +344,15 @@ class Driver:
         self.rows.append(row)
 
 
-def points(settings: BenchSettings) -> Iterator[tuple[dict[str, int], BenchSettings]]:
+def points(settings: BenchSettings) -> list[tuple[dict[str, int], BenchSettings]]:
     """The settings as they are, then with one swept setting changed at a time."""
-    yield {}, settings
-    for name, values in settings.sweep.items():
-        for value in values:
-            if value != getattr(settings, name):
-                yield {name: value}, dataclasses.replace(settings, **{name: value})
+    return [({}, settings)] + [
+        ({name: value}, dataclasses.replace(settings, **{name: value}))
+        for name, values in settings.sweep.items()
+        for value in values
+        if value != getattr(settings, name)
+    ]
+
+
+def _case_name(point: dict[str, int]) -> str:
+    return "_".join(f"{key}{value}" for key, value in point.items()) or "base"

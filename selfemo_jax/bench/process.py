@@ -26,6 +26,7 @@ class SideProcess:
         self._log_path = log
         self._log = log.open("ab")
         self._processes = []
+        self._ended = False
         for rank, (command, env) in enumerate(zip(commands, envs, strict=True)):
             piped = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             self._processes.append(
@@ -33,6 +34,11 @@ class SideProcess:
                     command, env=dict(env), stdin=piped, stdout=piped, stderr=self._log, cwd=log.parent
                 )
             )  # fmt: skip
+
+    @property
+    def ended(self) -> bool:
+        """Whether one of them is gone, so that no more can be asked."""
+        return self._ended or any(process.poll() is not None for process in self._processes)
 
     def ask(self, command: str, **request: Any) -> dict[str, Any]:
         """The answer to one command; SideError where it failed or the process ended."""
@@ -45,6 +51,7 @@ class SideProcess:
         except BrokenPipeError:
             line = b""
         if not line:
+            self._ended = True
             tail = self._log_path.read_text(errors="replace").strip().splitlines()[-8:]
             raise SideError(f"the process ended ({first.poll()}); its last words: " + " | ".join(tail))
         answer = json.loads(line)

@@ -16,9 +16,11 @@ Row = dict[str, Any]
 FORMAT = 1
 SAME_WORK = (
     "model", "dtype", "groups", "group_size", "prompt", "completion", "row_tokens", "prefix_row_tokens",
-    "micro_tokens", "logits_budget_mib", "remat", "seed",
+    "micro_tokens", "logits_budget_mib", "remat", "seed", "devices",
 )  # fmt: skip
 """Settings in which two results must agree to be compared."""
+GENERATED = ("prefill", "decode", "rollout")
+"""Rows of the phase generate."""
 
 
 def measured(phase: str, seconds: Sequence[float], *, tokens: int | None, flops: float | None) -> Row:
@@ -45,6 +47,7 @@ def assemble(
     left_out: list[Any],
     unavailable: list[Any],
     profiles: list[Any],
+    disagreements: list[str],
     peak: Mapping[str, Any],
     began: str,
     load: Mapping[str, Any],
@@ -78,6 +81,7 @@ def assemble(
         "left_out": left_out,
         "unavailable": unavailable,
         "profiles": profiles,
+        "disagreements": disagreements,
     }
 
 
@@ -115,7 +119,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 continue
             by_round = [b / a for a, b in pairs]
             one = {
-                "phase": ours["phase"], "point": ours["point"], "ours": ours["label"], "theirs": label,
+                "phase": ours["phase"], "point": ours["point"], "side": "jax", "layout": ours["layout"],
+                "ours": ours["label"], "theirs": label,
                 "median": statistics.median(by_round), "min": min(by_round), "max": max(by_round),
                 "fastest_torch": bool(theirs) and label == theirs[0]["label"],
             }  # fmt: skip
@@ -155,18 +160,25 @@ def growth(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def compare(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, threshold: float, by: str
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each row of both with its change (0.1: a tenth slower than before), worst first, and what only the old
-    one has. ``by`` ratio compares how far ahead of the fastest PyTorch JAX is, for results of different or
-    busy machines; seconds and cpu_seconds ask for the same devices. ValueError where the two cannot be
-    compared."""
+def check_same_work(old: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """ValueError where an earlier result is not of the work that ``settings`` ask for."""
     if old.get("format") != FORMAT:
         raise ValueError(f"--compare: format {old.get('format')!r}; this version writes and reads {FORMAT}")
-    settings_differ = [name for name in SAME_WORK if old["settings"][name] != new["settings"][name]]
-    if settings_differ:
-        raise ValueError(f"--compare: the two differ in {', '.join(settings_differ)}; run the same settings")
+    differ = [name for name in SAME_WORK if old["settings"].get(name) != settings[name]]
+    if differ:
+        raise ValueError(f"--compare: the two differ in {', '.join(differ)}; run the same settings")
+
+
+def compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, threshold: float, by: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Each row of both with its change (0.1: a tenth slower than before), worst first; and what only the old
+    one has, with whether the new one's settings asked for it too.
+
+    ``by`` ratio compares how far ahead of the fastest PyTorch JAX is, for results of different or busy
+    machines; seconds and cpu_seconds ask for the same devices. ValueError where the two cannot be compared.
+    """
+    check_same_work(old, new["settings"])
     if by != "ratio":
         for side, found in new["sides"].items():
             before = old["sides"].get(side, found)
@@ -182,26 +194,59 @@ def compare(
          "regressed": value / before[key] - 1.0 > threshold}
         for key, value in after.items() if key in before
     ]  # fmt: skip
-    missing = [key for key in before if key not in after]
+    seats, measured_now = _seats(old, by), _seats(new, by)
+    missing = [
+        {"what": key, "asked": _asked(seats[key], new["settings"])}
+        for key in before
+        if key not in measured_now
+    ]
+    if not changes and not any(one["asked"] for one in missing):
+        raise ValueError(
+            f"--compare: the two have nothing in common: {', '.join(before) or 'nothing'} there, "
+            f"{', '.join(after) or 'nothing'} here"
+        )
     return sorted(changes, key=lambda one: -one["change"]), missing
 
 
 def _measures(result: Mapping[str, Any], by: str) -> dict[str, float]:
-    """What is compared, lower is better."""
+    """What is compared, lower is better; a decode below the noise has no number."""
     if by == "ratio":
-        return {
-            _name(one["phase"], one["ours"], one["point"]): 1.0 / one["median"]
-            for one in result["ratios"]
-            if one["fastest_torch"]
-        }
+        return {_seat(one): 1.0 / one["median"] for one in ratios(result["rows"]) if one["fastest_torch"]}
     value: Callable[[Row], Any] = {
         "seconds": lambda row: row["median_s"],
         "cpu_seconds": lambda row: statistics.median(row["cpu_seconds"]) if row.get("cpu_seconds") else None,
     }[by]
-    # The fastest of PyTorch may be another way than before: the seat is what is compared.
-    rows = ((_name(row["phase"], f"{row['side']} {row['layout']}".strip(), row["point"]), value(row))
-            for row in result["rows"])  # fmt: skip
+    rows = ((_seat(row), value(row)) for row in result["rows"])
     return {name: seconds for name, seconds in rows if seconds and seconds > 0}
+
+
+def _seats(result: Mapping[str, Any], by: str) -> dict[str, Row]:
+    """The rows that what is compared comes from."""
+    rows = {_seat(row): row for row in result["rows"]}
+    if by != "ratio":
+        return rows
+    rivals = [(row["phase"], row["point"]) for row in result["rows"] if row["side"] == "torch"]
+    return {
+        name: row
+        for name, row in rows.items()
+        if row["side"] == "jax" and (row["phase"], row["point"]) in rivals
+    }
+
+
+def _asked(row: Row, settings: Mapping[str, Any]) -> bool:
+    """Whether these settings ask for such a row."""
+    phase = "generate" if row["phase"] in GENERATED else row["phase"]
+    return (
+        phase in settings["phases"]
+        and settings["backend"] in ("both", "jax" if row["side"] == "jax" else "torch")
+        and row["layout"] in ("", *settings["layouts"])
+        and all(value in settings["sweep"].get(name, ()) for name, value in row["point"].items())
+    )
+
+
+def _seat(row: Row) -> str:
+    """Who ran what; not which way it was done, since another may be the fastest now."""
+    return _name(row["phase"], f"{row['side']} {row['layout']}".strip(), row["point"])
 
 
 def _name(phase: str, who: str, point: Mapping[str, int]) -> str:

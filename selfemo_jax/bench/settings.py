@@ -128,6 +128,12 @@ class BenchSettings:
             raise ValueError("bench: prompt and completion need at least 2 tokens each")
         if self.rounds < 2:
             raise ValueError("bench: rounds is 1; a spread needs at least 2")
+        for name, values in self.sweep.items():
+            for value in values:
+                try:
+                    dataclasses.replace(self, sweep={}, **{name: value})
+                except ValueError as error:
+                    raise ValueError(f"bench: sweep of {name} over {value}: {error}") from None
 
     @property
     def model_config(self) -> ModelConfig:
@@ -159,10 +165,19 @@ def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> BenchSetti
     for name in LISTS:
         if name in found:
             found[name] = tuple(found[name])
-    found["sweep"] = {name: tuple(values) for name, values in (found.get("sweep") or {}).items()}
+    found["sweep"] = {name: _numbers(name, values) for name, values in (found.get("sweep") or {}).items()}
     for name in ("env", "torch_env"):
         found[name] = {key: str(value) for key, value in (found.get(name) or {}).items()}
     return BenchSettings(**found)
+
+
+def _numbers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in ([values] if isinstance(values, str) else values))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"bench: sweep of {name} is {values}; expected whole numbers, as --sweep {name}=2,4 or [2, 4]"
+        ) from None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +203,7 @@ def flag_overrides(args: argparse.Namespace) -> dict[str, Any]:
         if one.name in ("env", "torch_env", "sweep"):
             pairs = dict(text.partition("=")[::2] for text in value)
             if one.name == "sweep":
-                pairs = {name: [int(part) for part in text.split(",")] for name, text in pairs.items()}
+                pairs = {name: text.split(",") for name, text in pairs.items()}
             found[one.name] = pairs
         else:
             found[one.name] = value.split(",") if one.name in LISTS else value

@@ -64,13 +64,18 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         instead = f"{one['instead']} {one['its_seconds']:.3g}"
         console.print(f"{one['phase']}: left out {one['label']}, {one['seconds']:.3g} s, for {instead}")
     for one in result["profiles"]:
+        if "error" in one:
+            console.print(f"{one['phase']}: no trace of {one['label']}: {one['error'][:300]}")
+            continue
         items = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in one["items"][:3])
         console.print(f"{one['phase']}: {one['label']}, largest: {items}")
     for one in result["unavailable"]:
         console.print(f"{one['phase']}: {one['label']} did not take part: {one['error'][:300]}")
 
 
-def show_changes(changes: Sequence[Mapping[str, Any]], missing: Sequence[str], console: Console) -> None:
+def show_changes(
+    changes: Sequence[Mapping[str, Any]], missing: Sequence[Mapping[str, Any]], console: Console
+) -> None:
     """The comparison with an earlier result."""
     table = Table(title="Against the earlier result (lower is better)")
     for name in ("what", "before", "now", "change", ""):
@@ -79,8 +84,9 @@ def show_changes(changes: Sequence[Mapping[str, Any]], missing: Sequence[str], c
         verdict = "REGRESSED" if one["regressed"] else ""
         table.add_row(one["what"], f"{one['old']:.4g}", f"{one['new']:.4g}", f"{one['change']:+.1%}", verdict)
     console.print(table)
-    for name in missing:
-        console.print(f"measured before and not now: {name}")
+    for one in missing:
+        why = "asked for, and MISSING" if one["asked"] else "not asked for"
+        console.print(f"measured before and not now: {one['what']} ({why})")
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

@@ -75,9 +75,15 @@ def _answer(side: Side, contestants: dict[str, Contestant], request: dict[str, A
         began = time.perf_counter()
         contestant = side.open(request["case"])
         built = time.perf_counter()
+        try:
+            first = contestant()
+        except BaseException:
+            contestant.close()
+            raise
         contestants[name] = contestant
-        first = contestant()
         return {"build_s": built - began, "first_s": time.perf_counter() - built, "values": first}
+    if name not in contestants:
+        raise ValueError(f"{name} is not open: the process that held it ended, or it never opened")
     if command == "run":
         return {"runs": [timed(contestants[name]) for _ in range(request["num"])]}
     if command == "profile":

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from selfemo_jax.bench.contestants import Contestant, contestants
-from selfemo_jax.bench.driver import Disagreement, Driver, _Opened
+from selfemo_jax.bench.agreement import Disagreement, check
+from selfemo_jax.bench.contestants import contestants
 from selfemo_jax.bench.results import assemble, compare, decode_floor, growth, measured, ratios
 from selfemo_jax.bench.settings import BenchSettings
 from selfemo_jax.bench.show import plot, show, show_changes
@@ -24,10 +24,10 @@ def row(
     }  # fmt: skip
 
 
-def result(rows: list[dict]) -> dict:
+def result(rows: list[dict], **settings) -> dict:
     return assemble(
-        BenchSettings(), rows=rows, sides={"jax": SIDE, "torch": SIDE}, left_out=[], unavailable=[],
-        profiles=[], peak={"flops_per_s": 1e10, "source": "test"}, began="now",
+        BenchSettings(**settings), rows=rows, sides={"jax": SIDE, "torch": SIDE}, left_out=[], unavailable=[],
+        profiles=[], disagreements=[], peak={"flops_per_s": 1e10, "source": "test"}, began="now",
         load={"before": (1.0, 1.0, 1.0), "after": (1.0, 1.0, 1.0)},
     )  # fmt: skip
 
@@ -130,22 +130,51 @@ def test_a_machine_twice_as_slow_is_no_regression_by_ratio():
     assert changes and all(one["change"] == pytest.approx(0.0) for one in changes)
 
 
-def test_results_of_other_settings_are_refused_and_missing_rows_are_told():
-    old, new = result(copy.deepcopy(ROWS)), result(copy.deepcopy(ROWS[:3]))
-    assert compare(old, new, threshold=0.1, by="seconds")[1] == ["rl_update: torch shared_prefix"]
-    new["settings"]["prompt"] = 99
-    with pytest.raises(ValueError, match="differ in prompt"):
+@pytest.mark.parametrize(("name", "value"), [("prompt", 99), ("devices", 8)])
+def test_results_of_other_work_are_refused(name, value):
+    old, new = result(copy.deepcopy(ROWS)), result(copy.deepcopy(ROWS), **{name: value})
+    with pytest.raises(ValueError, match=f"differ in {name}"):
         compare(old, new, threshold=0.1, by="seconds")
 
 
-def opened(**values: dict) -> list[_Opened]:
-    return [
-        _Opened(
-            who=Contestant(side="jax", phase="rl_update", layout="separate", label=label),
-            first={"values": found},
-        )
-        for label, found in values.items()
-    ]
+@pytest.mark.parametrize("by", ["seconds", "cpu_seconds", "ratio"])
+def test_a_row_that_was_asked_for_and_is_gone_is_told_apart_from_one_that_was_not(by):
+    old = result(copy.deepcopy(ROWS))
+    rows = [one for one in ROWS if one["side"] == "torch" or one["layout"] == "separate"]
+    (gone,) = compare(old, result(copy.deepcopy(rows)), threshold=0.1, by=by)[1]
+    assert gone == {"what": "rl_update: jax shared_prefix", "asked": True}
+    for fewer in ({"layouts": ("separate",)}, {"phases": ("refresh",)}, {"backend": "torch"}):
+        (gone,) = compare(old, result(copy.deepcopy(rows), **fewer), threshold=0.1, by=by)[1]
+        assert not gone["asked"], fewer
+    swept = [row("jax", "jax separate", "separate", [1.0, 1.0], point={"groups": 8})]
+    swept += [row("torch", "torch separate", "separate", [1.0, 1.0], point={"groups": 8})]
+    old = result(copy.deepcopy(ROWS + swept))
+    asked = [one["asked"] for one in compare(old, result(copy.deepcopy(ROWS)), threshold=0.1, by=by)[1]]
+    assert asked and not any(asked)
+    again = result(copy.deepcopy(ROWS), sweep={"groups": (8,)})
+    assert all(one["asked"] for one in compare(old, again, threshold=0.1, by=by)[1])
+
+
+def test_another_kernel_in_the_same_seat_is_compared():
+    old, new = result(copy.deepcopy(ROWS)), copy.deepcopy(ROWS)
+    new[0] = row("jax", "jax separate pallas", "separate", [0.5, 1.0, 0.5])
+    for by, change in (("seconds", -0.5), ("ratio", -0.5)):
+        changes, missing = compare(old, result(new), threshold=0.1, by=by)
+        found = {one["what"]: one["change"] for one in changes}
+        assert found["rl_update: jax separate"] == pytest.approx(change) and not missing
+
+
+def test_results_with_nothing_in_common_are_refused():
+    old = result([row("jax", "jax", "", [1.0, 1.0], phase="rl_step")])
+    with pytest.raises(ValueError, match="nothing in common: rl_step: jax there, rl_update: jax separate"):
+        compare(old, result(copy.deepcopy(ROWS[:1]), phases=("rl_update",)), threshold=0.1, by="seconds")
+
+
+def test_a_decode_below_the_noise_is_not_gone():
+    decoded = row("jax", "jax", "", [1.0, 1.0, 1.0], phase="decode")
+    noisy = row("jax", "jax", "", [-0.1, 0.1, -0.2], phase="decode")
+    old, new = result([*copy.deepcopy(ROWS), decoded]), result([*copy.deepcopy(ROWS), noisy])
+    assert compare(old, new, threshold=0.1, by="seconds")[1] == []
 
 
 @pytest.mark.parametrize(
@@ -157,11 +186,10 @@ def opened(**values: dict) -> list[_Opened]:
         ({"greedy": [1, 2, 3, 4]}, {"greedy": [1, 2, 3, 5]}, "75% of the greedy tokens"),
     ],
 )
-def test_sides_that_compute_something_else_are_not_timed(tmp_path, a, b, words):
-    driver = Driver(BenchSettings(), tmp_path, tmp_path, print)
-    driver._check(opened(a=a, b=dict(a)), BenchSettings())
+def test_sides_that_compute_something_else_are_not_timed(a, b, words):
+    check("rl_update", {"a": a, "b": dict(a)}, BenchSettings())
     with pytest.raises(Disagreement, match=words):
-        driver._check(opened(a=a, b=b), BenchSettings())
+        check("rl_update", {"a": a, "b": b}, BenchSettings())
 
 
 def test_torch_takes_part_in_every_way_that_fits():

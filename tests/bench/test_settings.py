@@ -34,6 +34,7 @@ def test_flags_lie_over_the_file():
     assert (found.prompt, found.completion) == (32, 60)
     assert found.phases == ("rl_update", "refresh")
     assert found.sweep == {"groups": (1, 4), "prompt": (8,)}
+    assert read_settings(None, flags("--sweep", "groups=16")).sweep == {"groups": (16,)}
 
 
 def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
@@ -49,6 +50,9 @@ def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
         ({"backend": "tf"}, "backend is 'tf'; expected any of jax, torch, both"),
         ({"phases": ["decode"]}, "phases is 'decode'; expected any of logprobs"),
         ({"sweep": {"layers": [1]}}, "sweep is 'layers'"),
+        ({"sweep": {"groups": [2, 0]}}, "sweep of groups over 0: bench: groups is 0; expected at least 1"),
+        ({"sweep": {"prompt": [1]}}, "sweep of prompt over 1: .* at least 2 tokens"),
+        ({"sweep": {"groups": 4}}, "sweep of groups is 4; expected whole numbers"),
         ({"rounds": 1}, "a spread needs at least 2"),
         ({"completion": 1}, "at least 2 tokens"),
     ],
@@ -56,6 +60,12 @@ def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
 def test_what_cannot_be_run_is_named(settings, words):
     with pytest.raises(ValueError, match=words):
         read_settings(None, settings)
+
+
+@pytest.mark.parametrize("text", ["groups=a", "groups", "groups=2,"])
+def test_a_sweep_that_is_no_number_names_its_flag(text):
+    with pytest.raises(ValueError, match=r"sweep of groups is .* as --sweep groups=2,4"):
+        read_settings(None, flags("--sweep", text))
 
 
 @pytest.mark.parametrize(
