@@ -1,6 +1,7 @@
 """The benchmark and the GPU tests import what a machine with jax, flax, optax, orbax and torch has, and no
 more."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -80,6 +81,24 @@ def test_the_tests_for_a_gpu_import_nothing_else():
         "print('status', int(status))\n"
     )
     assert "status 0" in out and "no CUDA device" in out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_the_other_side_needs_transformers_for_its_models_alone():
+    """What it asks for first, so that a missing library costs contestants and not the benchmark."""
+    out = run(
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import torch\n"
+        "from torch_side.worker import TorchSide\n"
+        "side = TorchSide(torch.device('cpu'))\n"
+        "assert 'torch' in side.describe()['versions']\n"
+        "print(side.open({'phase': 'products', 'dtype': 'float32'})()['flops_per_s'] > 0)\n"
+        "try:\n"
+        "    side.open({'phase': 'rl_update'})\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    assert out.splitlines() == ["True", "No module named 'transformers'"]
 
 
 def test_the_other_side_imports_nothing_of_ours():

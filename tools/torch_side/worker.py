@@ -81,21 +81,31 @@ class TorchSide:
         return items[:10]
 
     def open(self, case: dict[str, Any]) -> Run:
-        """The contestant of a case."""
-        from . import rows, sampling, trl_step
+        """The contestant of a case; ImportError where a library that it needs is not installed."""
+        phase = case["phase"]
+        if dist.is_initialized() and phase not in ("logprobs", "rl_update", "sft_update", "products"):
+            raise ValueError(f"{phase} runs on one device on this side")
+        return Run(_maker(phase, trl=case.get("trl", False))(case, self._device))
 
-        makers = {
-            "logprobs": rows.logprob_run,
-            "rl_update": rows.update_run,
-            "sft_update": rows.update_run,
-            "generate": sampling.generate_run,
-            "refresh": sampling.refresh_run,
-            "rl_step": trl_step.trl_run if case.get("trl") else sampling.step_run,
-            "products": products,
-        }
-        if dist.is_initialized() and case["phase"] not in ("logprobs", "rl_update", "sft_update", "products"):
-            raise ValueError(f"{case['phase']} runs on one device on this side")
-        return Run(makers[case["phase"]](case, self._device))
+
+def _maker(phase: str, *, trl: bool) -> Callable[..., Callable[[], dict[str, Any]]]:
+    """What builds a phase; only what the phase needs is imported."""
+    if phase == "products":
+        return products
+    if trl:
+        from .trl_step import trl_run
+
+        return trl_run
+    from . import rows, sampling
+
+    return {
+        "logprobs": rows.logprob_run,
+        "rl_update": rows.update_run,
+        "sft_update": rows.update_run,
+        "generate": sampling.generate_run,
+        "refresh": sampling.refresh_run,
+        "rl_step": sampling.step_run,
+    }[phase]
 
 
 def products(case: dict[str, Any], device: torch.device) -> Callable[[], dict[str, float]]:
@@ -159,6 +169,10 @@ def main() -> None:
     cuda = args.platform != "cpu" and torch.cuda.is_available()
     if args.platform == "gpu" and not cuda:
         raise SystemExit("this environment's torch finds no GPU")
+    found = torch.cuda.device_count()
+    if cuda and found < world:
+        # Every process ends here: one alone would leave the others waiting for it.
+        raise SystemExit(f"{world} GPUs are asked for; this environment's torch finds {found}")
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
