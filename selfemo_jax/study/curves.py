@@ -3,11 +3,13 @@
     python -m selfemo_jax.study curves RUN [RUN ...] [--phases rl_1 rl_final] [--out DIR]
 
 From the dev scores that runs log every `eval.every` steps: for each data set greedy accuracy, weighted F1 and
-r1 (weighted IoU), and the mean reward r1 of the training rollouts. Of each curve are told the rise (last less
-first), its rank correlation with the step, and its roughness: the standard deviation of the changes from one
-score to the next, divided by the curve's range. A smooth rise of n points has a small roughness; pure noise
-has one of about 0.5. The last score before these phases is the curve's first point. Dev accuracy is set
-against dev r1 and against the training reward by Spearman's rank correlation.
+r1 (weighted IoU), and the mean reward r1 of the training rollouts. A curve is one training: phases that go on
+from one another; a phase that starts again, from the base or the cold start, begins a curve of its own. The
+first point is the last dev score of the phase whose weights it starts from. Of each curve are told the rise
+(last less first), its rank correlation with the step, and its roughness: the standard deviation of the
+changes from one score to the next, divided by the curve's range. A smooth rise of n points has a small
+roughness; pure noise has one of about 0.5. Dev accuracy is set against dev r1 and against the training reward
+by Spearman's rank correlation.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from selfemo_jax.config_io import read_config
+from selfemo_jax.phases import Phase, plan
 from selfemo_jax.study import showing
 from selfemo_jax.study.reading import joined_notes, read_metrics, run_note, short_names
 
@@ -26,10 +30,22 @@ SHOWN = ("accuracy", "r1")
 WINDOW = 10
 """Training steps, this one and those before it, that the training reward beside a dev score is averaged
 over."""
-
-
 EXACT = 8
 """Points up to which a rank correlation's p is counted over all orders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Phases of a run that go on from one another."""
+
+    phases: tuple[str, ...]
+    lines: tuple[Mapping[str, Any], ...]
+    """What their steps logged, behind the dev score of what they started from, if that was scored."""
+
+    @property
+    def name(self) -> str:
+        """The phases in one word."""
+        return " + ".join(self.phases)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the table of curves, write ``curves.json`` and ``curves.png``."""
     names = short_names(args.runs)
-    curves, rows, together = {}, [], []
+    curves: dict[str, list[list[Curve]]] = {}
+    rows, together, points = [], [], []
     for run_dir, name in zip(args.runs, names, strict=True):
-        lines = read_metrics(run_dir)
-        chosen = chosen_lines(lines, args.phases, where=run_dir)
-        curves[name] = dev_curves(chosen, where=run_dir)
-        rows += [{"run": name, "curve": curve.name} | described(curve) for curve in curves[name]]
-        together += [{"run": name} | row for row in agreement(curves[name], chosen)]
+        curves[name] = []
+        for training in drawable(trainings(run_dir, args.phases), where=run_dir):
+            found = dev_curves(training)
+            curves[name].append(found)
+            of = {"run": name, "phases": training.name}
+            rows += [of | {"curve": curve.name} | described(curve) for curve in found]
+            together += [of | row for row in agreement(found, training.lines)]
+            points += [
+                of | {"curve": curve.name, "step": int(step), "value": float(value)}
+                for curve in found
+                for step, value in zip(curve.steps, curve.values, strict=True)
+            ]
     note = joined_notes([run_note(run_dir) for run_dir in args.runs])
     out = args.out or args.runs[0] / "study"
     titles = (
@@ -66,49 +90,62 @@ def main(args: argparse.Namespace) -> int:
     )
     showing.print_table(titles[0], rows)
     showing.print_table(titles[1], together)
-    content = {
-        "note": note,
-        "curves": rows,
-        "agreement": together,
-        "points": [
-            {"run": name, "curve": curve.name, "step": int(step), "value": float(value)}
-            for name, found in curves.items()
-            for curve in found
-            for step, value in zip(curve.steps, curve.values, strict=True)
-        ],
-    }
+    content = {"note": note, "curves": rows, "agreement": together, "points": points}
     showing.write_json(out / "curves.json", content)
     draw(out / "curves.png", curves, note=note)
     print(f"written: {out}/curves.json, .png")
     return 0
 
 
-def chosen_lines(
-    lines: Sequence[Mapping[str, Any]], phases: Sequence[str] | None, *, where: Path
-) -> list[Mapping[str, Any]]:
-    """The lines of the named phases, or of those that log a reward and update weights, behind the last dev
-    score before them."""
+def trainings(run_dir: Path, phases: Sequence[str] | None) -> list[Training]:
+    """The trainings that the named phases of a run make up, or those phases that log a reward and update
+    weights."""
+    lines = read_metrics(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir}: no config.yaml, which says what each phase starts from")
     known = list(dict.fromkeys(str(line["phase"]) for line in lines))
     if unknown := sorted(set(phases or ()) - set(known)):
-        raise ValueError(f"--phases {' '.join(unknown)}: {where} has {', '.join(known)}")
-    rl = {line["phase"] for line in lines if "reward/r1" in line and "loss" in line}
-    chosen = phases or rl
-    found = [line for line in lines if line["phase"] in chosen]
-    if not found:
-        raise ValueError(f"{where}: no phase of RL among {', '.join(known)}; name phases by --phases")
-    before = [line for line in lines if "dev/wf1" in line and line["step"] < found[0]["step"]]
-    return [*before[-1:], *found]
+        raise ValueError(f"--phases {' '.join(unknown)}: {run_dir} has {', '.join(known)}")
+    chosen = phases or {line["phase"] for line in lines if "reward/r1" in line and "loss" in line}
+    if not chosen:
+        raise ValueError(f"{run_dir}: no phase of RL among {', '.join(known)}; name phases by --phases")
+    chains: list[list[Phase]] = []
+    for phase in plan(read_config(run_dir / "config.yaml")):
+        if phase.name not in chosen:
+            continue
+        if chains and chains[-1][-1].name == phase.init:
+            chains[-1].append(phase)
+        else:
+            chains.append([phase])
+    return [_training(chain, lines) for chain in chains]
 
 
-def dev_curves(lines: Sequence[Mapping[str, Any]], *, where: Path) -> list[Curve]:
-    """Accuracy, weighted F1 and r1 of each data set and their mean over sets; ValueError below two dev
-    scores."""
-    scored = [line for line in lines if "dev/wf1" in line]
-    if len(scored) < 2:
-        raise ValueError(
-            f"{where}: {len(scored)} dev scores in these phases, a curve needs two; train with a smaller "
-            "eval.every (or name more by --phases)"
-        )
+def _training(chain: Sequence[Phase], lines: Sequence[Mapping[str, Any]]) -> Training:
+    names = tuple(phase.name for phase in chain)
+    own = [line for line in lines if line["phase"] in names]
+    before = [line for line in lines if line["phase"] == chain[0].init and "dev/wf1" in line][-1:]
+    # Scored when its own phase ended; here it is what this training had before its first step.
+    began = {"step": own[0]["step"] - 1, "phase": chain[0].init}
+    start = [began | {key: value for key, value in line.items() if key.startswith("dev/")} for line in before]
+    return Training(phases=names, lines=(*start, *own))
+
+
+def drawable(found: Sequence[Training], *, where: Path) -> list[Training]:
+    """Those with two dev scores; ValueError without any."""
+    counts = {one.name: sum("dev/wf1" in line for line in one.lines) for one in found}
+    kept = [one for one in found if counts[one.name] >= 2]
+    few = ", ".join(f"{name} {number}" for name, number in counts.items() if number < 2)
+    advice = "a curve needs two; train with a smaller eval.every (or name more by --phases)"
+    if not kept:
+        raise ValueError(f"{where}: dev scores are too few ({few}): {advice}")
+    if few:
+        print(f"{where}: left out for too few dev scores ({few}): {advice}")
+    return kept
+
+
+def dev_curves(training: Training) -> list[Curve]:
+    """Accuracy, weighted F1 and r1 of each data set and their mean over sets."""
+    scored = [line for line in training.lines if "dev/wf1" in line]
     steps = np.array([line["step"] for line in scored])
     names = [name.split("/") for line in scored for name in line if name.startswith("dev/")]
     sets = sorted({parts[1] for parts in names if len(parts) == 3})
@@ -195,20 +232,27 @@ def _agreement(
     return {"set": name, "with": other, "points": points, "spearman": correlation, "p": p}
 
 
-def draw(path: Path, curves: Mapping[str, Sequence[Curve]], *, note: str) -> None:
-    """Two panels, accuracy and IoU, a line for each data set (and run)."""
+def draw(path: Path, curves: Mapping[str, Sequence[Sequence[Curve]]], *, note: str) -> None:
+    """Two panels, accuracy and IoU: a colour for each data set (and run), a line for each of its
+    trainings."""
     figure = showing.new_figure(10, 4)
     figure.suptitle(showing.titled("dev subset over training", note), fontsize="small")
     panels = figure.subplots(1, 2, sharex=True)
     for axes, score in zip(panels, SHOWN, strict=True):
-        for run, found in curves.items():
-            for curve in found:
+        colours: dict[str, str] = {}
+        for run, of_run in curves.items():
+            for curve in (curve for found in of_run for curve in found):
                 name, _, kind = curve.name.rpartition(" ")
-                if kind == score:
-                    label = name if len(curves) == 1 else f"{run}: {name}"
-                    bold = name == "mean" and len(curves) == 1
-                    style = {"linewidth": 2.5, "color": "black"} if bold else {"linewidth": 1.0}
-                    axes.plot(curve.steps, 100 * curve.values, marker=".", label=label, **style)
+                if kind != score:
+                    continue
+                bold = name == "mean" and len(curves) == 1
+                label = name if len(curves) == 1 else f"{run}: {name}"
+                again = label in colours
+                colour = colours.setdefault(label, "black" if bold else f"C{len(colours) % 10}")
+                axes.plot(
+                    curve.steps, 100 * curve.values, marker=".", color=colour,
+                    linewidth=2.5 if bold else 1.0, label=None if again else label,
+                )  # fmt: skip
         title = {"accuracy": "accuracy", "r1": "weighted IoU (r1)"}[score]
         axes.set(title=title, xlabel="step", ylabel="percent")
         axes.grid(alpha=0.3)

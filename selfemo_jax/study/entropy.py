@@ -26,7 +26,7 @@ from selfemo_jax.parts import Parts, build_parts, make_engine, weights_of
 from selfemo_jax.rollout.engine import Completion, Request, Sampling
 from selfemo_jax.rollout.records import load_groups
 from selfemo_jax.study import showing
-from selfemo_jax.study.curves import spearman
+from selfemo_jax.study.curves import spearman, trainings
 from selfemo_jax.study.reading import read_jsonl, read_metrics, run_note
 from selfemo_jax.study.significance import estimate, mean_of_sums, sums_by_dialogue
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     lines = [line for line in read_metrics(args.run) if "entropy" in line and "reward/r1" in line]
     if not lines:
         raise ValueError(f"{args.run}: no RL step logged an entropy")
-    steps = phase_rows(lines)
+    steps = phase_rows(stretches(args.run))
     rows = part_rows(args)
     note = run_note(args.run)
     titles = (
@@ -83,13 +83,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def phase_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each RL phase and for all of them: entropy at the start and end (means of a tenth of the
-    steps), rank correlation with the step, and which share of the fall lies in the first half."""
-    phases = list(dict.fromkeys(line["phase"] for line in lines))
-    groups = {name: [line for line in lines if line["phase"] == name] for name in phases}
-    if len(groups) > 1:
-        groups["all"] = list(lines)
+def stretches(run_dir: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """RL phase -> the steps that logged an entropy; and those of phases that go on from one another."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for training in trainings(run_dir, None):
+        logged = [line for line in training.lines if "entropy" in line]
+        found |= {name: [line for line in logged if line["phase"] == name] for name in training.phases}
+        found[training.name] = logged
+    return found
+
+
+def phase_rows(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each group of steps: entropy at the start and end (means of a tenth of the steps), rank
+    correlation with the step, and which share of the fall lies in the first half."""
     rows = []
     for name, members in groups.items():
         values = np.array([line["entropy"] for line in members])

@@ -14,7 +14,7 @@ from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, forward, init_params, logits
 from selfemo_jax.rollout.engine import Completion
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.entropy import Spoken, inputs_of, part_means, phase_rows, spoken
+from selfemo_jax.study.entropy import Spoken, inputs_of, part_means, phase_rows, spoken, stretches
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
 from tests import micro
@@ -141,12 +141,23 @@ def test_means_by_part_weigh_tokens_and_draw_dialogues():
 
 def test_the_fall_of_a_run_by_hand():
     lines = [{"step": n, "phase": "rl", "entropy": value} for n, value in enumerate([4.0, 2.0, 1.5, 1.0])]
-    (row,) = phase_rows(lines)
+    (row,) = phase_rows({"rl": lines})
     assert (row["first"], row["last"], row["difference"]) == (4.0, 1.0, -3.0)
     assert row["spearman with step"] == pytest.approx(-1.0)
     assert row["fall in first half, percent"] == pytest.approx(100 * 2.5 / 3)
     rising = [line | {"entropy": -line["entropy"]} for line in lines]
-    assert phase_rows(rising)[0]["fall in first half, percent"] is None
+    assert phase_rows({"rl": rising})[0]["fall in first half, percent"] is None
+
+
+@pytest.mark.parametrize(("init", "joined"), [("current", ["rl_1 + rl_final"]), ("cold", [])])
+def test_entropy_is_not_followed_across_a_new_start_of_the_policy(init, joined, tmp_path):
+    steps = [{"step": n, "phase": phase, "entropy": 1.0, "reward/r1": 0.1, "loss": 0.0}
+             for n, phase in enumerate(["rl_1", "rl_1", "rl_final"])]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in steps))
+    (tmp_path / "config.yaml").write_text(f"flywheel: {{retrain: {{init: {init}}}}}\n")
+    found = stretches(tmp_path)
+    assert sorted(found) == sorted(["rl_1", "rl_final", *joined])
+    assert len(found["rl_1"]) == 2 and all(len(found[name]) == 3 for name in joined)
 
 
 @pytest.mark.parametrize("answers", ["recorded", "sampled"])
