@@ -33,6 +33,7 @@ from selfemo_jax.evaluation.tables import print_all
 from selfemo_jax.evaluation.yardsticks import yardsticks
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
+from selfemo_jax.rollout.stream import TOLD_EVERY
 from selfemo_jax.run_data import RunData, load_data
 from selfemo_jax.run_personas import with_personas
 from selfemo_jax.scores import Prediction, score
@@ -127,14 +128,16 @@ def _written(
 ) -> list[Prediction]:
     """The predictions once all of them are in the file, which has its name only then."""
     part, started = path.with_suffix(".partial"), time.perf_counter()
+    told = started
     part.unlink(missing_ok=True)
     done: list[Prediction] = []
     with AppendLog(part) as log:
         for prediction in predictions:
             log.append(prediction.to_json(parts.get(prediction.sample.root_id, "")))
             done.append(prediction)
-            if len(done) % 500 == 0:
-                rate = len(done) / (time.perf_counter() - started)
+            if time.perf_counter() - told >= TOLD_EVERY and len(done) < len(samples):
+                told = time.perf_counter()
+                rate = len(done) / (told - started)
                 left = (len(samples) - len(done)) / rate
                 say(f"{path.stem}: {len(done)}/{len(samples)}, {rate:.1f} inputs/s, eta {left:.0f} s")
     part.replace(path)

@@ -32,7 +32,7 @@ from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, rollout_stream, sampling_seed
 from selfemo_jax.run_data import RunData, fixed_subset
 from selfemo_jax.run_hosts import SharedStore
-from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, take_back
+from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, stop_check, take_back
 from selfemo_jax.run_scores import dev_metrics, score_whole_splits
 from selfemo_jax.run_steps import StepWatch
 from selfemo_jax.run_weights import adapted_weights, best_kept, save_policy, weights_folder, weights_named
@@ -292,8 +292,7 @@ class Run:
     def final_scores(self) -> None:
         """Score the best policy of the last phase on whole splits, and print what it is worth."""
         if not self.plan:
-            self._score_final(self.weights(plans.BASE), notice="")
-            return
+            return self._score_final(self.weights(plans.BASE), notice="")
         scored = self._best_dir if self._best else weights_folder(self.dir, self.plan[-1])
         self._score_final(weights_of(self.parts, scored), notice="")
         if is_first():
@@ -369,6 +368,7 @@ class Run:
             score_whole_splits(
                 self.engine, self.parts, self.data,
                 run_dir=self.dir, notice=notice, summary=summary, say=self.log.say,
+                check_stop=stop_check(lambda: self._stop, self.dir),
             )  # fmt: skip
 
     def _save_weights(self, folder: Path, params: Params, phase: Phase) -> None:

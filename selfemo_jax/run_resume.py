@@ -1,6 +1,7 @@
 """What a run resumes from: the newest complete step, and its logs taken back to it."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 from selfemo_jax import phases as plans
 from selfemo_jax.appendlog import AppendLog, atomic_write
 from selfemo_jax.checkpoint import StateStore
-from selfemo_jax.distributed import from_first, is_first
+from selfemo_jax.distributed import any_of, from_first, is_first
 from selfemo_jax.phases import Phase
 from selfemo_jax.rollout.records import set_aside
 from selfemo_jax.run_scores import final_file
 
 _EMPTY_SHA256 = hashlib.sha256().hexdigest()
+_AGREED_EVERY = 16
+"""Answers after which hosts agree whether to stop."""
 
 Resumed = tuple[int, dict[str, Any]]
 """Global step of a saved state, and its record."""
@@ -23,6 +26,20 @@ Resumed = tuple[int, dict[str, Any]]
 
 class Stopped(Exception):
     """The run stopped with everything saved; `--resume` goes on."""
+
+
+def stop_check(why: Callable[[], str], run_dir: Path) -> Callable[[], None]:
+    """What ends the scoring of whole splits once ``why`` gives a reason; hosts agree every few calls."""
+    calls = itertools.count(1)
+
+    def check() -> None:
+        if next(calls) % _AGREED_EVERY == 0 and (reason := any_of(why(), channel="stop")):
+            raise Stopped(
+                f"{reason} while whole splits are scored; all phases are saved, go on with --resume "
+                f"--run_dir {run_dir}"
+            )
+
+    return check
 
 
 @dataclass(frozen=True, kw_only=True)

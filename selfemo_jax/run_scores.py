@@ -48,24 +48,27 @@ def score_whole_splits(
     notice: str,
     summary: Mapping[str, Any],
     say: Callable[[str], None],
+    check_stop: Callable[[], None],
 ) -> None:
-    """Score the engine's policy on `eval.final_splits` and print the tables.
+    """Score the engine's policy on `eval.final_splits` and print the tables; ``check_stop`` is called after
+    each answer, and raises where the run has to end.
 
     ``final.json`` (``summary``, the note and the scores) is written only without a ``notice``, which says why
     these scores are not the run's last. The run's report is written anew.
     """
     config = parts.config
+    answers = policy_answers(engine, parts.codec, config, between=check_stop)
     if not is_first():
         # The engine needs every process; what comes out is written and printed by the first one.
         with tempfile.TemporaryDirectory() as aside, contextlib.redirect_stdout(io.StringIO()):
             evaluate_splits(
-                policy_answers(engine, parts.codec, config), data, splits=config.eval.final_splits, note="",
+                answers, data, splits=config.eval.final_splits, note="",
                 folder=Path(aside), say=say,
             )  # fmt: skip
         return
     note = "; ".join(words for words in (parts.note, notice) if words)
     results = evaluate_splits(
-        policy_answers(engine, parts.codec, config), data, splits=config.eval.final_splits, note=note,
+        answers, data, splits=config.eval.final_splits, note=note,
         folder=run_dir / "eval", say=say,
     )  # fmt: skip
     if not notice:

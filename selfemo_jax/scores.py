@@ -5,7 +5,7 @@ is wrong and stays in every denominator. Scores of a data set are over its own l
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,17 @@ def gold_label(sample: Sample) -> str:
 
 
 def greedy_answers(
-    engine: Engine, samples: Sequence[Sample], codec: TextCodec, config: Config
+    engine: Engine,
+    samples: Sequence[Sample],
+    codec: TextCodec,
+    config: Config,
+    *,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterable[Prediction]:
-    """Greedy answers in the order of the samples, produced as they are finished, part by part."""
+    """Greedy answers in the order of the samples, produced as they are finished, part by part; ``between``
+    is called after each, and may raise to end it."""
     sampling = Sampling(max_tokens=config.rollout.max_tokens, temperature=0.0, stop_ids=codec.stop_ids)
-    for (prediction,) in answers(engine, samples, codec, config, sampling=sampling):
+    for (prediction,) in answers(engine, samples, codec, config, sampling=sampling, between=between):
         yield prediction
 
 
@@ -84,6 +90,7 @@ def answers(
     sampling: Sampling,
     num: int = 1,
     seeds: Sequence[int] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterable[tuple[Prediction, ...]]:
     """``num`` answers to each sample, in the order of the samples, part by part; ``seeds`` one a sample."""
     part = max(1, 4 * config.eval.batch_rows // num)
@@ -102,6 +109,7 @@ def answers(
         for group in engine.generate(requests, sampling):
             groups[int(group.request_id)] = group
             seconds[int(group.request_id)] = time.perf_counter() - started
+            between()
         for index, (sample, prompt) in enumerate(zip(chosen, prompts, strict=True)):
             group = groups[index]
             if group.error is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -9,7 +10,7 @@ import pytest
 
 from selfemo_jax.phases import Phase
 from selfemo_jax.run import TIME_LIMIT, Run
-from selfemo_jax.run_resume import Stopped
+from selfemo_jax.run_resume import Stopped, stop_check
 from selfemo_jax.run_weights import best_kept
 
 OVER = f"{TIME_LIMIT} of 5 min reached"
@@ -55,6 +56,17 @@ def test_a_signal_saves_and_scores_nothing():
         end(run, "rl", MagicMock(), step=3)
     run._score_final.assert_not_called()
     assert run._store.save.call_count == 1
+
+
+def test_a_signal_ends_the_scoring_of_whole_splits():
+    reasons = [""]
+    check = stop_check(lambda: reasons[-1], Path("runs/x"))
+    for _ in range(50):
+        check()
+    reasons.append("SIGTERM")
+    with pytest.raises(Stopped, match="SIGTERM while whole splits are scored; .* --resume --run_dir runs/x"):
+        for _ in range(16):
+            check()
 
 
 @pytest.mark.parametrize(("step", "saves"), [(3, 0), (4, 1), (8, 1)])

@@ -237,3 +237,18 @@ def test_evaluation_tells_the_persona_by_its_own_setting(setting, told):
 def test_a_lost_answer_stops_the_evaluation():
     with pytest.raises(RuntimeError, match="the engine lost meld/train/d1/0: lost"):
         list(greedy_answers(Canned([None]), [sample(gold={"joy": 1.0})], codec(), settings()))
+
+
+def test_an_answer_after_which_the_scoring_is_to_end_is_the_last():
+    config, calls = settings(eval={"batch_rows": 1}), []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+
+    inputs = [sample(n, gold={"joy": 1.0}) for n in range(6)]
+    with pytest.raises(InterruptedError):
+        engine = Canned([completion(says("joy"))] * 6)
+        list(greedy_answers(engine, inputs, codec(), config, between=between))
+    assert len(calls) == 2

@@ -21,9 +21,12 @@ class Answers:
     """That many answers to each input."""
 
 
-def policy_answers(engine: Engine, codec: TextCodec, config: Config) -> Answers:
-    """Answers of the engine's policy; samples are drawn as `eval` says."""
-    greedy = functools.partial(greedy_answers, engine, codec=codec, config=config)
+def policy_answers(
+    engine: Engine, codec: TextCodec, config: Config, *, between: Callable[[], None] = lambda: None
+) -> Answers:
+    """Answers of the engine's policy; samples are drawn as `eval` says. ``between`` is called after each
+    greedy answer, and may raise to end it."""
+    greedy = functools.partial(greedy_answers, engine, codec=codec, config=config, between=between)
     return Answers(
         greedy=greedy, sampled=functools.partial(_sampled, engine=engine, codec=codec, config=config)
     )
