@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from selfemo_jax.accelerators import memory_settings, platform_of
 from selfemo_jax.distributed import local_share
 from selfemo_jax.model.sharding import make_mesh
 from selfemo_jax.xla_flags import with_applied
@@ -16,15 +17,19 @@ from selfemo_jax.xla_flags import with_applied
 THREADS_PER_DEVICE = 4
 
 
-def prepare(axes: Mapping[str, int], *, platform: str) -> tuple[Mesh, str]:
+def prepare(axes: Mapping[str, int], *, platform: str, alone: bool = True) -> tuple[Mesh, str]:
     """The mesh of the axes' sizes and a line that says what it is made of.
 
     On a CPU, missing devices are simulated; on GPUs too few are a ValueError that says what was found. Of
-    several processes each brings the same share of the mesh.
+    several processes each brings the same share of the mesh. ``alone`` on its GPUs, with no server beside it,
+    a process takes `MEMORY_SHARE` of their memory unless the environment says how much.
     """
     wanted = int(np.prod(list(axes.values())))
     share = local_share(wanted)
-    os.environ["XLA_FLAGS"] = with_applied(os.environ.get("XLA_FLAGS", ""))
+    expected, flags = platform_of(platform), os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = with_applied(flags, platform=expected, several=wanted > 1)
+    if expected == "gpu" and alone:
+        os.environ |= memory_settings()
     if platform != "auto":
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else "cpu")
     os.environ |= thread_settings(share)

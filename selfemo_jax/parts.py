@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from selfemo_jax.accelerators import visible_gpus
 from selfemo_jax.config import Config, Optim, parse_mesh
 from selfemo_jax.data.codec import TextCodec, load_codec
 from selfemo_jax.data.label_rows import LabelTable
@@ -49,7 +50,8 @@ def bundled_tokenizer() -> Path:
 def build_parts(config: Config) -> Parts:
     """Devices, tokenizer and model shape; ValueError where the model and the mesh or the tokenizer do not
     fit."""
-    mesh, devices = prepare(parse_mesh(config.mesh), platform=config.platform)
+    alone = not _beside_servers(config)
+    mesh, devices = prepare(parse_mesh(config.mesh), platform=config.platform, alone=alone)
     section = config.model
     notes = [config.note] if config.note else []
     if section.path is not None:
@@ -90,6 +92,15 @@ def build_parts(config: Config) -> Parts:
         note="; ".join(dict.fromkeys(notes)),
         notices=(devices, described),
     )
+
+
+def _beside_servers(config: Config) -> bool:
+    """Whether servers that this run starts take memory of the GPUs that it computes on."""
+    sidecar = config.rollout.sidecar
+    if config.rollout.engine != "vllm" or sidecar.attach:
+        return False
+    # Servers that name none are given the first of those that the trainer sees.
+    return not sidecar.devices or not set(map(str, sidecar.devices)).isdisjoint(visible_gpus())
 
 
 def base_weights(parts: Parts) -> Params:

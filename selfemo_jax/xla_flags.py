@@ -1,13 +1,15 @@
 """XLA flags by platform and mesh, each with where it was measured; what was not measured is not set.
 
-    python -m selfemo_jax.xla_flags
+    python -m selfemo_jax.xla_flags                    # the table
+    python -m selfemo_jax.xla_flags --list gpu one     # the flags of each row to try there, a row a line
 
-prints the table. `devices.prepare` sets the rows that are `applied`, and leaves what the user has set. To try
-a row, put its flags into XLA_FLAGS and compare two runs of `tools/bench_throughput.py`; a row is applied once
-its number stands here.
+`devices.prepare` sets the rows of its platform and mesh that are `applied`, and leaves what the user has set.
+A row is tried by `tools/bench_throughput.py --jax_flags=...` against a run without it, as `.ci/gpu` does for
+those of one GPU; it is applied once its number stands here.
 """
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -81,10 +83,17 @@ TABLE = (
 )
 
 
-def with_applied(current: str) -> str:
-    """The value of XLA_FLAGS with the applied rows added, but for flags that it already names."""
+def rows_for(platform: str, *, several: bool, table: Sequence[FlagRow] = TABLE) -> list[FlagRow]:
+    """The rows for a platform and a mesh of one or of several devices."""
+    return [row for row in table if row.platform == platform and row.several in (None, several)]
+
+
+def with_applied(current: str, *, platform: str, several: bool, table: Sequence[FlagRow] = TABLE) -> str:
+    """The value of XLA_FLAGS with the applied rows for the platform and mesh added, but for flags that it
+    already names."""
     named = {word.split("=")[0] for word in current.split()}
-    added = [flag for row in TABLE if row.applied for flag in row.flags if flag.split("=")[0] not in named]
+    rows = [row for row in rows_for(platform, several=several, table=table) if row.applied]
+    added = [flag for row in rows for flag in row.flags if flag.split("=")[0] not in named]
     return " ".join([*current.split(), *added])
 
 
@@ -99,5 +108,21 @@ def lines() -> list[str]:
     return found
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, or the rows of a platform and mesh that are not applied."""
+    parser = argparse.ArgumentParser(prog="python -m selfemo_jax.xla_flags")
+    parser.add_argument("--list", nargs=2, metavar=("cpu|gpu", "one|several"), help="rows to try there")
+    chosen = parser.parse_args(argv).list
+    if chosen is None:
+        print("\n".join(lines()))
+        return
+    platform, number = chosen
+    if platform not in ("cpu", "gpu") or number not in ("one", "several"):
+        parser.error(f"--list {platform} {number}: expected cpu or gpu, then one or several")
+    for row in rows_for(platform, several=number == "several"):
+        if not row.applied:
+            print(" ".join(row.flags))
+
+
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    main()

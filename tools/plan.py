@@ -8,15 +8,14 @@ formulas of `selfemo_jax/plan/formulas.py`; every figure says which it is, and h
 what was compiled.
 """
 
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from selfemo_jax.accelerators import platform_of, visible_gpus
 from selfemo_jax.config import Config, num_devices, parse_mesh
 from selfemo_jax.config_io import Flag, load_config
 from selfemo_jax.data.codec import load_codec
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.argv[1:] if argv is None else argv, prog="tools/plan.py", flags=FLAGS, description=__doc__
         )
         flags = command.extra
+        if flags["json"]:
+            Path(flags["json"]).parent.mkdir(parents=True, exist_ok=True)
         device = plan_device(flags["device"], num_devices=num_devices(config.mesh))
         model, shape_from = planned_model(config, flags["model"], vocab_size=_vocab_size(config))
         workload = None
@@ -85,14 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _platform(config: Config) -> str:
-    """This machine's GPUs where they are enough for the mesh, else simulated devices. JAX must not be asked:
-    it would make its devices, and their number could not be set any more."""
-    plugin = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    found = present if visible is None else len([name for name in visible.split(",") if name.strip()])
-    forced = config.platform == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu"
-    return "gpu" if plugin and not forced and min(found, present) >= num_devices(config.mesh) else "cpu"
+    """This machine's GPUs where they are enough for the mesh, else simulated devices."""
+    usual = platform_of("cpu" if config.platform == "cpu" else "auto")
+    return "gpu" if usual == "gpu" and len(visible_gpus()) >= num_devices(config.mesh) else "cpu"
 
 
 def _vocab_size(config: Config) -> int:

@@ -23,6 +23,7 @@ without_jaxtyping()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from selfemo_jax.accelerators import MEMORY_VARIABLES  # noqa: E402
 from selfemo_jax.algo.advantages import group_advantages  # noqa: E402
 from selfemo_jax.bench.worker import serve, take_stdout  # noqa: E402
 from selfemo_jax.config import Loss, Optim  # noqa: E402
@@ -80,7 +81,9 @@ class JaxSide:
             "device": self._devices[0].device_kind,
             "num_devices": len(self._devices),
             "cores": len(os.sched_getaffinity(0)),
-            "flags": {name: os.environ[name] for name in ("XLA_FLAGS",) if name in os.environ},
+            "flags": {
+                name: os.environ[name] for name in ("XLA_FLAGS", *MEMORY_VARIABLES) if name in os.environ
+            },
         }
 
     def peak_bytes(self) -> int | None:

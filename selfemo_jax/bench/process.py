@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfemo_jax.accelerators import memory_settings, platform_of
 from selfemo_jax.bench import worker
 from selfemo_jax.bench.settings import BenchSettings
 from selfemo_jax.xla_flags import with_applied
@@ -107,7 +108,11 @@ def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int
     log = folder / f"{side}.log"
     if side == "jax":
         env |= settings.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        env["XLA_FLAGS"] = with_applied(f"{env.get('XLA_FLAGS', '')} {settings.jax_flags}".strip())
+        # Beside a side that may fill the GPU, three quarters of it would not be the same machine.
+        env |= memory_settings(env)
+        flags = f"{env.get('XLA_FLAGS', '')} {settings.jax_flags}".strip()
+        platform = platform_of(settings.platform, env)
+        env["XLA_FLAGS"] = with_applied(flags, platform=platform, several=devices > 1)
         command = [*pinned, sys.executable, "-m", "selfemo_jax.bench.jax_side"]
         command += ["--platform", settings.platform, "--devices", str(devices)]
         command += ["--precision", "highest" if settings.dtype == "float32" else "default"]
