@@ -9,6 +9,7 @@ paired tests against the reference are those of `arm_tests`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -83,10 +84,11 @@ def main(args: argparse.Namespace) -> int:
     folder = args.out / reference_of(args.config_dir).parent.resolve().name
     console = Console(width=None if sys.stdout.isatty() else 200)
     seconds = _recorded_seconds(folder)
+    for seed, arm in itertools.product(range(args.seeds), arms):
+        check_made_by(run_dir_of(folder, arm, seed), train_words(arm, seed, args.train_args))
     for seed in range(args.seeds):
         for arm in arms:
             run_dir = run_dir_of(folder, arm, seed)
-            check_made_by(run_dir, train_words(arm, seed, args.train_args))
             if outcome_of(run_dir, args.split) is None:
                 console.print(f"{arm.name}, seed {seed}: training in {run_dir}", highlight=False)
                 key = f"{arm.name}/{seed}"
@@ -178,7 +180,7 @@ def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compile
     if status:
         raise ValueError(
             f"arm {arm.name}, seed {seed}: training ended with status {status}; its output is in "
-            f"{run_dir / 'train.log'}; the same command goes on from there"
+            f"{run_dir / 'train.log'}; once that is mended, the command goes on from there"
         )
     return time.monotonic() - began
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import load_config, read_config
+from selfemo_jax.distributed import LAUNCH_FLAGS
 
 FREE = ("run_dir", "note", "seed", "mesh", "platform", "time_limit", "data.root")
 """Settings that say where, when and which of equal runs, not how it was trained."""
@@ -23,13 +24,14 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_made_by(run_dir: Path, train_args: Sequence[str]) -> None:
-    """ValueError where a run has begun in the folder with other settings than these arguments of
-    `selfemo_jax.train` give now, names of places and the seed aside. Its seed must be theirs."""
+    """ValueError where `selfemo_jax.train` would not take these arguments, or where a run has begun in the
+    folder with other settings than they give now, names of places and the seed aside. Its seed must be
+    theirs."""
+    words = [*train_args, f"--run_dir={run_dir}"]
+    wanted, _ = load_config(words, prog="selfemo_jax.study", flags=LAUNCH_FLAGS)
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        return
-    wanted, _ = load_config([*train_args, f"--run_dir={run_dir}"], prog="selfemo_jax.study")
-    _refuse(path, read_config(path), wanted, free=set(FREE) - {"seed"}, what="the command now gives")
+    if path.is_file():
+        _refuse(path, read_config(path), wanted, free=set(FREE) - {"seed"}, what="the command now gives")
 
 
 def check_alike(run_dirs: Sequence[Path]) -> None:

@@ -27,6 +27,8 @@ from selfemo_jax.study.reading import Predictions, joined_notes, read_prediction
 from selfemo_jax.study.same_settings import check_alike, check_made_by
 from selfemo_jax.study.significance import NUM_SAMPLES, SCORES, dialogue_counts, estimate, over_seeds, point
 
+FLAGS_FILE = "flags.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``study seeds``."""
@@ -52,6 +54,8 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
         same_flags(args.out, further)
         for seed, run_dir in runs.items():
             check_made_by(run_dir, [*further, f"--seed={seed}"])
+        keep_flags(args.out, further)
+        for seed, run_dir in runs.items():
             train(seed, run_dir, further, compiled=args.out / "compiled")
     finished = {seed: run_dir for seed, run_dir in runs.items() if (run_dir / "eval" / "final.json").exists()}
     if not finished:
@@ -85,19 +89,28 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
 
 
 def same_flags(out: Path, further: Sequence[str]) -> None:
-    """ValueError where the folder's runs were made with other flags, or another content of their config."""
-    path = out / "flags.json"
-    flags = {"flags": list(further), "config": _config_digest(further)}
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != flags:
-            what = "another config" if before["flags"] == flags["flags"] else f"flags {before['flags']}"
-            raise ValueError(
-                f"{out}: its runs were made with {what}; runs of different settings are no seeds of one "
-                "another. Name another --out"
-            )
+    """ValueError where the folder's runs were made with other flags, or another content of their config; a
+    training that failed before it began has left no run."""
+    path = out / FLAGS_FILE
+    if not path.exists() or not any(out.glob("seed_*/config.yaml")):
         return
-    atomic_write(path, json.dumps(flags) + "\n")
+    before, flags = json.loads(path.read_text(encoding="utf-8")), flags_of(further)
+    if before != flags:
+        what = "another config" if before["flags"] == flags["flags"] else f"flags {before['flags']}"
+        raise ValueError(
+            f"{out}: its runs were made with {what}; runs of different settings are no seeds of one "
+            "another. Name another --out"
+        )
+
+
+def keep_flags(out: Path, further: Sequence[str]) -> None:
+    """Write down what the folder's runs are made with."""
+    atomic_write(out / FLAGS_FILE, json.dumps(flags_of(further)) + "\n")
+
+
+def flags_of(further: Sequence[str]) -> dict[str, Any]:
+    """The flags, and a digest of the config file that they name."""
+    return {"flags": list(further), "config": _config_digest(further)}
 
 
 def train(seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -> None:
@@ -120,7 +133,7 @@ def train(seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -
     if status:
         raise ValueError(
             f"seed {seed}: training ended with status {status}; its output is in {run_dir / 'train.log'}; "
-            "the same command goes on from there"
+            "once that is mended, the command goes on from there"
         )
 
 

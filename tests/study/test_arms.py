@@ -162,6 +162,21 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert "full.yaml" in capsys.readouterr().err
 
 
+def test_settings_that_train_refuses_are_named_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    config_files(tmp_path / "configs")
+    # The first arm would train for hours before this one is met.
+    (tmp_path / "configs" / "wide.yaml").write_text(
+        "base: full.yaml\nrl: {prompts_per_step: 48, mini_prompts: 24}\n"
+    )
+    trained = fake_training(monkeypatch, lambda name, seed: {"meld": result(0.5)})
+    words = ["arms", "--config-dir", str(tmp_path / "configs"), "--out", str(tmp_path / "runs")]
+    assert study.main([*words, "--", "--rl.stepz=3"]) == 2
+    assert "rl.steps" in capsys.readouterr().err
+    assert study.main([*words, "--", "--rl.mini_prompts=32"]) == 2
+    assert "wide.yaml" in capsys.readouterr().err
+    assert trained == [] and not (tmp_path / "runs").exists()
+
+
 def test_a_run_without_the_split_is_an_error_and_an_unfinished_one_is_none(tmp_path):
     assert outcome_of(tmp_path, "test") is None
     finished(tmp_path, {"meld": result(0.5)}, split="dev")

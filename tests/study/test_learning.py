@@ -48,3 +48,10 @@ def test_arrays_that_do_not_match_are_refused():
 def test_no_seed_is_refused(tmp_path, capsys):
     assert main(["learning", "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "--seeds is 0" in capsys.readouterr().err
+
+
+def test_settings_that_train_refuses_are_named_before_anything_is_trained(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("rl: {stepz: 3}\n")
+    assert main(["learning", "--config", str(config), "--out", str(tmp_path / "runs")]) == 2
+    assert "rl.steps" in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from selfemo_jax.config_io import load_config, to_yaml
 from selfemo_jax.study import seeds as seeds_module
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.arm_tests import with_tests
+from selfemo_jax.study.same_settings import check_made_by
 from tests.study.invented import NOTE, evaluated, predictions
 
 RIGHT, WRONG = ("joy", "joy"), ("joy", "fear")
@@ -67,6 +68,29 @@ def test_other_flags_are_no_seeds_of_the_same_runs(tmp_path, trained, capsys):
     config.write_text("note: two\nflywheel: {retrain: {init: cold}}\n")
     assert main([*words, "--config", str(config)]) == 2
     assert "another config" in capsys.readouterr().err
+
+
+def test_a_mistake_before_the_first_run_is_told_at_once_and_ties_the_folder_to_nothing(
+    tmp_path, trained, monkeypatch, capsys
+):
+    out = tmp_path / "seeds"
+    words = ["seeds", "--out", str(out), "--n", "1", "--samples", "100"]
+    assert main([*words, "--rl.stepz=3"]) == 2
+    assert "rl.steps" in capsys.readouterr().err
+    assert trained == [] and not out.exists()
+    working = seeds_module.subprocess.run
+
+    def fails(command, **options):
+        return subprocess.CompletedProcess(command, 2)
+
+    # As where the data is not found: the run has a log and no settings yet.
+    monkeypatch.setattr(seeds_module.subprocess, "run", fails)
+    assert main([*words, "--data.root=nowhere"]) == 2
+    monkeypatch.setattr(seeds_module.subprocess, "run", working)
+    assert main([*words, "--data.root=here"]) == 0
+    assert main([*words, "--data.root=nowhere"]) == 2
+    assert "Name another --out" in capsys.readouterr().err
+    check_made_by(out / "seed_1", ["--host_timeout=5"])
 
 
 def test_runs_whose_settings_came_from_a_changed_base_are_refused(tmp_path, trained, capsys):
