@@ -94,6 +94,7 @@ def evaluate_splits(
     """Score splits; writes ``<split>_predictions.jsonl`` and ``<split>.json`` for each, without ``answers``
     of the yardsticks alone."""
     results = {}
+    measured = yardsticks(data, splits, seed=seed) if with_yardsticks else {}
     for split in splits:
         samples, found = data.split(split), {"seconds": 0.0, "note": note, "sets": {}}
         found["parts_from"] = list(data.parts_from)
@@ -110,8 +111,8 @@ def evaluate_splits(
             if num_samples:
                 groups = list(answers.sampled(samples, num_samples))
                 found["samples"] = score_samples(groups, data.label_sets)
-        if with_yardsticks:
-            found["yardsticks"] = yardsticks(data, split, seed=seed)
+        if split in measured:
+            found["yardsticks"] = measured[split]
         results[split] = found
         name = split if answers is not None else f"{split}_yardsticks"
         atomic_write(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")

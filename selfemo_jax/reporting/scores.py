@@ -59,6 +59,14 @@ def weighted_f1(confusion: np.ndarray) -> np.ndarray:
     return (f1 * support).sum(-1) / np.maximum(support.sum(-1), 1)
 
 
+def macro_f1(confusion: np.ndarray) -> np.ndarray:
+    """Plain mean of the F1 of all classes; ``[..., C, C + 1]`` -> ``[...]``. A class that is neither gold nor
+    predicted counts as 0, as in the scores of a run."""
+    right = np.diagonal(confusion[..., :-1], axis1=-2, axis2=-1)
+    total = confusion.sum(-1) + confusion[..., :-1].sum(-2)
+    return np.divide(2 * right, total, out=np.zeros_like(right, float), where=total > 0).mean(-1)
+
+
 def resampled(confusions: Sequence[np.ndarray], *, seed: int = 0, num: int = NUM_SAMPLES) -> list[np.ndarray]:
     """Confusions ``[S, C, C + 1]`` of ``num`` draws of dialogues with replacement, the same draws for each
     of the given ones ``[D, C, C + 1]``."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from selfemo_jax.reporting.scores import accuracy, count, dialogue_of, weighted_f1
+from selfemo_jax.reporting.scores import accuracy, count, dialogue_of, macro_f1, weighted_f1
 
 __all__ = [
     "SCORES",
@@ -59,14 +59,6 @@ class Estimate:
     high: float
     p: float | None = None
     """Two-sided p-value of a difference; None for a single value."""
-
-
-def macro_f1(confusion: np.ndarray) -> np.ndarray:
-    """Plain mean of the F1 of all classes; ``[..., C, C + 1]`` -> ``[...]``. A class that is neither gold nor
-    predicted counts as 0, as in the scores of a run."""
-    right = np.diagonal(confusion[..., :-1], axis1=-2, axis2=-1)
-    total = confusion.sum(-1) + confusion[..., :-1].sum(-2)
-    return np.divide(2 * right, total, out=np.zeros_like(right, float), where=total > 0).mean(-1)
 
 
 SCORES: Mapping[str, Score] = {"accuracy": accuracy, "weighted_f1": weighted_f1, "macro_f1": macro_f1}

@@ -5,7 +5,7 @@ import pytest
 
 from selfemo_jax.config import Config, DataSection
 from selfemo_jax.data.dialogues import MELD
-from selfemo_jax.evaluation.yardsticks import NAMES, of_set, yardsticks
+from selfemo_jax.evaluation.yardsticks import NAMES, learn, of_set, yardsticks
 from selfemo_jax.run_data import load_data
 from tests.fabricated import sample
 
@@ -22,7 +22,7 @@ def asked(*lines: tuple[str, str, str]):
 def test_the_linear_model_reads_words_and_the_majority_does_not():
     learned = ([HAPPY, f"{HAPPY} today", CROSS, f"{CROSS} now", f"oh {CROSS}"], ["joy"] * 2 + ["anger"] * 3)
     inputs = asked(("a", HAPPY, "joy"), ("a", CROSS, "anger"), ("b", HAPPY, "joy"), ("b", "hm", "fear"))
-    found = of_set(learned, inputs, MELD, {"a": "shared", "b": "clean"}, seed=0)
+    found = of_set(learn(*learned, MELD), inputs, {"a": "shared", "b": "clean"}, seed=0)
     assert tuple(found) == NAMES
     assert found["majority"]["accuracy"] == 0.25
     # anger: 1 hit of 4 answers and 1 gold, F1 2/5, weighted by 1 of 4.
@@ -37,7 +37,8 @@ def test_the_linear_model_reads_words_and_the_majority_does_not():
 def test_a_draw_is_the_same_for_the_same_seed_and_ties_go_to_the_first_label_of_the_list():
     learned = ([HAPPY, CROSS], ["joy", "anger"])
     inputs = asked(*[("a", HAPPY, label) for label in ("joy", "anger")] * 10)
-    first, again, other = (of_set(learned, inputs, MELD, {}, seed=seed) for seed in (0, 0, 1))
+    known = learn(*learned, MELD)
+    first, again, other = (of_set(known, inputs, {}, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first["stratified random"] != other["stratified random"]
     assert first["majority"]["weighted_f1"] == pytest.approx(1 / 3) and first["majority"]["parts"] == {}
@@ -45,7 +46,9 @@ def test_a_draw_is_the_same_for_the_same_seed_and_ties_go_to_the_first_label_of_
 
 def test_they_learn_from_training_dialogues_alone():
     data = load_data(Config(data=DataSection(sets=["sample"])))
-    found = yardsticks(data, "dev")
+    both = yardsticks(data, ["test", "dev"])
+    found = both["dev"]
+    assert found == yardsticks(data, ["dev"])["dev"] and set(both) == {"test", "dev"}
     assert set(found) == set(data.label_sets)
     for name, scores in found.items():
         majority = np.mean(
@@ -59,7 +62,7 @@ def test_real_test_splits_have_the_known_yardsticks(selfemo_data):
     """Measured before by other code (60.88 / 54.64 and 37.80 / 30.53): majority to the digit; the linear
     model to the few utterances that the choice of its tokens moves."""
     data = load_data(Config(data=DataSection(sets=["meld", "emorynlp"], root=str(selfemo_data))))
-    found = yardsticks(data, "test")
+    found = yardsticks(data, ["test"])["test"]
     percent = {
         name: {key: round(100 * value["accuracy"], 2) for key, value in scores.items()}
         for name, scores in found.items()
