@@ -162,5 +162,6 @@ def test_seeds_by_hand():
     assert found["high"] - 52.0 == pytest.approx(4.30265 * 2 / 3**0.5, abs=1e-4)
     assert over_seeds([50.0])["low"] is None
     assert paired_t([1.0, 2.0], [2.0, 3.0]) is None
+    assert paired_t([0.8, 0.9], [0.7, 0.8]) is None, "a tenth less in both, but for rounding"
     # Gaps 1, 2, 3: t = 2 / (1 / sqrt(3)), two degrees of freedom.
     assert paired_t([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
