@@ -10,11 +10,12 @@ from selfemo_jax import evaluate
 from selfemo_jax.checkpoint import find_checkpoint
 from selfemo_jax.config_io import config_folder, parse_config, read_config, to_yaml
 from selfemo_jax.phases import plan
+from selfemo_jax.study.arms import find_arms
 from tests import micro
 
 FOLDER = config_folder() / "baselines"
 NAMES = ("bioserc", "prc_emo", "sft", "vanilla_grpo", "zero_shot")
-SIZES = ("smollm2_135m", "tiny")
+SIZES = ("qwen3_4b", "smollm2_135m", "tiny")
 # What a longer prompt asks for, besides what makes the baseline.
 ROOM = {
     "data.max_prompt",
@@ -28,7 +29,7 @@ KEYS = {
     "sft": {"phases"},
     "bioserc": {"phases", "output.biography"},
     "prc_emo": {"phases", "output.descriptions", "cold_start.order"},
-    "vanilla_grpo": {"reward.consensus", "flywheel.iterations", "rl.steps"},
+    "vanilla_grpo": {"reward.consensus", "flywheel.iterations", "rl.steps", "cold_start.source"},
 }
 
 
@@ -42,8 +43,10 @@ def flat(tree, prefix=""):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_baselines_differ_from_their_recipe_in_what_they_are_named_for(size):
-    assert sorted(path.stem for path in (FOLDER / size).glob("*.yaml")) == sorted(NAMES)
+    full, *others = find_arms(FOLDER / size)
+    assert sorted(arm.name for arm in others) == sorted(NAMES)
     method = dict(flat(asdict(read_config(config_folder() / f"{size}.yaml"))))
+    assert dict(flat(asdict(read_config(full.path)))) == method, "what they are compared with"
     for name in NAMES:
         settings = dict(flat(asdict(read_config(FOLDER / size / f"{name}.yaml"))))
         changed = {key for key in settings if settings[key] != method.get(key)}
@@ -55,10 +58,26 @@ def test_baselines_differ_from_their_recipe_in_what_they_are_named_for(size):
 def test_baselines_train_the_phases_they_say(size):
     phases = {name: [p.kind for p in plan(read_config(FOLDER / size / f"{name}.yaml"))] for name in NAMES}
     supervised = ["labels", "sft"] if size == "smollm2_135m" else ["sft"]
+    # The paper's run starts again from the base model: so does the GRPO that it is compared with.
+    before = [] if size == "qwen3_4b" else supervised
     assert phases == {
         "zero_shot": [], "sft": supervised, "bioserc": supervised, "prc_emo": supervised,
-        "vanilla_grpo": [*supervised, "rl"],
+        "vanilla_grpo": [*before, "rl"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_grpo_has_as_many_updates_behind_it_as_the_policy_it_is_compared_with(size):
+    """Otherwise the longer training would win, whatever its reward."""
+    lengths = []
+    for name in ("full", "vanilla_grpo"):
+        config = read_config(FOLDER / size / f"{name}.yaml")
+        phases = {phase.name: phase for phase in plan(config)}
+        chain = [phases["rl_final"]]
+        while chain[-1].init in phases:
+            chain.append(phases[chain[-1].init])
+        lengths.append([one.steps or config.rl.epochs for one in chain if one.kind == "rl"])
+    assert sum(lengths[0]) == sum(lengths[1])
 
 
 def test_settings_that_train_nothing_by_mistake_are_refused():

@@ -1,6 +1,8 @@
-"""Arms of an ablation: every config of a folder trained with several seeds, and their table (Table 2).
+"""Arms of an ablation, or baselines: every config of a folder trained with several seeds, and their table
+(Table 2, and what Table 1 compares).
 
     python -m selfemo_jax.study arms --config-dir configs/ablations/tiny --seeds 3
+    python -m selfemo_jax.study arms --config-dir configs/baselines/smollm2_135m --only full sft vanilla_grpo
 
 An arm is a file; the reference is ``full.yaml``, in the folder or above it, and the table names the keys in
 which an arm differs from it. Runs that are finished are not run again and interrupted ones go on, so the
@@ -64,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``study arms``."""
     parser.add_argument("--config-dir", type=Path, required=True, help="folder of the arms' configs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, with seeds 0, 1, ...")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
+    words = "folder of the runs' folder; default: runs/ablations for configs/ablations/NAME, and so on"
+    parser.add_argument("--out", type=Path, help=words)
     parser.add_argument("--only", nargs="+", help="names of arms; default: all of the folder")
     parser.add_argument("--split", default="test", help="split of the table")
     parser.add_argument(
@@ -81,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
             f"{', '.join(arm.name for arm in arms)}"
         )
     arms = tuple(arm for arm in arms if not args.only or arm.name in args.only)
-    folder = args.out / reference_of(args.config_dir).parent.resolve().name
+    reference = reference_of(args.config_dir)
+    folder = folder_of(reference, args.out)
     console = Console(width=None if sys.stdout.isatty() else 200)
     seconds = _recorded_seconds(folder)
     for seed, arm in itertools.product(range(args.seeds), arms):
@@ -113,11 +117,11 @@ def main(args: argparse.Namespace) -> int:
     notes = [outcome.note for found in outcomes.values() for outcome in found if outcome is not None]
     note = "; ".join(dict.fromkeys(note for note in notes if note))
     title = f"accuracy on {args.split}, {args.seeds} seeds{f' - {note}' if note else ''}"
-    content = {"note": note, "title": title, "remark": remark, "arms": rows}
+    content = {"note": note, "title": title, "reference": str(reference), "remark": remark, "arms": rows}
     atomic_write(folder / "arms.json", json.dumps(content, indent=1) + "\n")
     atomic_write(folder / "arms.md", markdown(title, rows))
     console.print(rich_table(title, rows))
-    console.print(remark, highlight=False)
+    console.print(f"reference: {reference}; {remark}", highlight=False, markup=False)
     return 0
 
 
@@ -131,6 +135,13 @@ def reference_of(folder: Path) -> Path:
             "compared with"
         )
     return found
+
+
+def folder_of(reference: Path, out: Path | None) -> Path:
+    """Where the runs of a reference and its arms lie; folders of one kind have one folder above them, so that
+    ``full`` of an ablation is not taken for that of a baseline."""
+    home = reference.resolve().parent
+    return (out or Path("runs") / home.parent.name) / home.name
 
 
 def find_arms(folder: Path) -> tuple[Arm, ...]:

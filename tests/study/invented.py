@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from selfemo_jax.study.significance import accuracy, dialogue_counts, weighted_f1
+
 NOTE = "plumbing run, not a result"
 
 
@@ -22,7 +24,11 @@ def evaluated(folder: Path, lines: Sequence[Mapping], *, labels: Sequence[str] =
     (folder / "eval").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "eval" / "test_predictions.jsonl").write_text(text)
-    sets = {line["dataset"]: {"per_class": {label: {} for label in labels}} for line in lines}
+    sets = {}
+    for name in sorted({line["dataset"] for line in lines}):
+        counts = dialogue_counts([line for line in lines if line["dataset"] == name], labels).sum(0)
+        scores = {"accuracy": float(accuracy(counts)), "weighted_f1": float(weighted_f1(counts))}
+        sets[name] = scores | {"per_class": {label: {} for label in labels}}
     (folder / "eval" / "test.json").write_text(json.dumps({"note": NOTE, "sets": sets}))
     (folder / "eval" / "final.json").write_text(
         json.dumps({"note": NOTE, "splits": {"test": {"sets": sets}}})

@@ -12,6 +12,7 @@ from selfemo_jax.phases import plan
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study import arms as arms_module
 from selfemo_jax.study.arms import find_arms, markdown, outcome_of, table_rows
+from tests.study.invented import evaluated, predictions
 
 FOLDERS = sorted(
     {path.parent for path in (config_folder() / "ablations").rglob("*.yaml")},
@@ -160,6 +161,31 @@ def test_mistakes_are_named(tmp_path, capsys):
     (tmp_path / "configs" / "full.yaml").unlink()
     assert study.main(["arms", "--config-dir", str(tmp_path / "configs")]) == 2
     assert "full.yaml" in capsys.readouterr().err
+
+
+def test_baselines_are_arms_against_the_whole_method(tmp_path, monkeypatch, capsys):
+    """Over seeds, in pairs, with Holm's correction, and apart from an ablation's runs of the same size."""
+    monkeypatch.chdir(tmp_path)
+    right = {"full": 8, "vanilla_grpo": 7, "sft": 6}
+
+    def train(arm, seed, run_dir, further, *, compiled):
+        number = right[arm.name] + seed
+        turns = [("joy", "joy")] * number + [("joy", "fear")] * (10 - number)
+        evaluated(run_dir, predictions("meld", {f"d{place}": turns for place in range(5)}))
+        return 1.0
+
+    monkeypatch.setattr(arms_module, "train", train)
+    folder = config_folder() / "baselines" / "smollm2_135m"
+    words = ["arms", "--config-dir", str(folder), "--seeds", "2", "--only", *right]
+    assert study.main(words) == 0
+    found = json.loads((tmp_path / "runs" / "baselines" / "smollm2_135m" / "arms.json").read_text())
+    assert found["reference"] == str(folder / "full.yaml")
+    assert str(folder / "full.yaml") in capsys.readouterr().out.replace("\n", "")
+    rows = {row["arm"]: row for row in found["arms"]}
+    assert list(rows) == ["full", "sft", "vanilla_grpo"]
+    for name in ("sft", "vanilla_grpo"):
+        assert rows[name]["difference ci"] == [rows[name]["difference"]] * 2
+        assert rows[name]["p_bootstrap_holm"] == pytest.approx(2 * rows[name]["p_bootstrap"])
 
 
 def test_settings_that_train_refuses_are_named_before_anything_is_trained(tmp_path, monkeypatch, capsys):
