@@ -3,7 +3,7 @@
 What is temporary (no connection, a time-out, 408, 409, 429, 5xx, a body that is cut or no JSON) is tried
 again after a growing, random wait, and never before the moment that the server asks for. What is about one
 question (400, 413, 422) is an answer: refused. What is about every question (401, 403, 404, a redirect, a
-refusal of whatever is asked) stops at once.
+refusal of whatever is asked) stops: no question is begun, and the answers that are on their way are kept.
 """
 
 import asyncio
@@ -31,6 +31,19 @@ SHORTEST_KEY = 12
 BUSY = (429, 503)
 TEMPORARY = (408, 409, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 REFUSED = (400, 413, 422)
+
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What a body that is no chat completion raises, up to numbers without end and lists nested without end."""
+MOST_TOKENS = 1 << 40
+"""Of one answer; a server that says more does not count."""
 
 Receive = Callable[[Question, Answer], None]
 _KEY_TEXT = re.compile(r"[\x21-\x7e]+")
@@ -67,9 +80,16 @@ class HttpExpert:
     that was answered, by the answer's key; nothing here keeps the key but the
     request headers."""
 
-    def __init__(self, endpoint: Endpoint, expert: Expert, sampling: ChatSampling):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        expert: Expert,
+        sampling: ChatSampling,
+        *,
+        say: Callable[[str], None] = print,
+    ):
         assert endpoint.base_url is not None and endpoint.model is not None
-        self.endpoint, self.expert, self.sampling = endpoint, expert, sampling
+        self.endpoint, self.expert, self.sampling, self._say = endpoint, expert, sampling, say
         self.model = endpoint.model
         self.retries: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
@@ -90,11 +110,13 @@ class HttpExpert:
     ) -> list[tuple[Question, str]]:
         """Ask all, handing each answer over as it comes; returns the questions that failed, with reasons.
 
-        New questions are no longer begun once ``stopping`` says so. ``proven``: the server has answered
-        before, so that a refusal is about its question. ExpertError when the server takes no question at
-        all: a wrong key, address or field, or failure after failure.
+        New questions are no longer begun once ``stopping`` says so, nor is one tried again or waited for.
+        ``proven``: the server has answered before, so that a refusal is about its question. ExpertError when
+        the server takes no question at all: a wrong key, address or field, failure after failure, or a wait
+        beyond `expert.deadline`; it is raised when the requests under way have ended.
         """
-        waiting, failed, gate = deque(questions), [], Gate()
+        waiting, failed = deque(questions), []
+        failure: ExpertError | None = None
         failures_in_a_row = 0
         many = max(3, self.endpoint.concurrency)
         held: list[tuple[Question, Answer]] = []
@@ -102,13 +124,28 @@ class HttpExpert:
         limits = httpx.Limits(max_connections=self.endpoint.concurrency)
         timeout = httpx.Timeout(self.expert.timeout)
 
+        def ending() -> bool:
+            return failure is not None or stopping()
+
+        gate = Gate(self.endpoint.name, longest=self.expert.deadline, ending=ending, say=self._say)
+
         async def work(client: httpx.AsyncClient) -> None:
+            nonlocal failure
+            try:
+                await work_on(client)
+            except ExpertError as error:
+                # Raised at once it would cancel the others, whose answers are being paid for.
+                failure = failure or error
+
+        async def work_on(client: httpx.AsyncClient) -> None:
             nonlocal failures_in_a_row, proven
-            while waiting and not stopping():
+            while waiting and not ending():
                 question = waiting.popleft()
                 try:
-                    answer = await self._with_retries(client, question, gate)
+                    answer = await self._with_retries(client, question, gate, ending)
                 except Temporary as error:
+                    if ending():
+                        return
                     failed.append((question, str(error)))
                     failures_in_a_row += 1
                     if failures_in_a_row >= many:
@@ -117,6 +154,8 @@ class HttpExpert:
                             f"the other, the last with: {error}. Look at the server, then start again"
                         ) from None
                     continue
+                if answer is None:
+                    return
                 failures_in_a_row = 0
                 if answer.refused and not proven:
                     held.append((question, answer))
@@ -135,13 +174,13 @@ class HttpExpert:
             except BaseExceptionGroup as group:
                 # The first says what happened; the others were cancelled for it or say the same.
                 raise group.exceptions[0] from None
-        if held and not proven:
-            if stopping():
-                # Too few to tell whose fault it is; they are asked again.
-                return failed
-            raise self._refuses_all(held)
-        for question, answer in held:
+        if held and not proven and failure is None and not stopping():
+            failure = self._refuses_all(held)
+        # Of too few refusals nobody can tell whose fault they are: those questions are asked again.
+        for question, answer in held if proven else ():
             receive(question, answer)
+        if failure is not None:
+            raise failure
         return failed
 
     def _refuses_all(self, held: Sequence[tuple[Question, Answer]]) -> ExpertError:
@@ -150,7 +189,10 @@ class HttpExpert:
             f"with {held[-1][1].refused}. Look at model, extra_body and expert.max_tokens"
         )
 
-    async def _with_retries(self, client: httpx.AsyncClient, question: Question, gate: Gate) -> Answer:
+    async def _with_retries(
+        self, client: httpx.AsyncClient, question: Question, gate: Gate, ending: Callable[[], bool]
+    ) -> Answer | None:
+        """The answer; None when asking ends before one came."""
         started, counted = time.monotonic(), 0
         jitter = wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
 
@@ -164,12 +206,13 @@ class HttpExpert:
             self.retries[error.kind] = self.retries.get(error.kind, 0) + 1
             counted += not error.busy
             late = time.monotonic() - started + max(state.upcoming_sleep, error.wait) > self.expert.deadline
-            return counted >= self.expert.tries or late
+            return counted >= self.expert.tries or late or ending()
 
-        retrying = AsyncRetrying(wait=wait, stop=stop, retry=retry_if_exception_type(Temporary), reraise=True)
-        async for attempt in retrying:
+        retry = retry_if_exception_type(Temporary)
+        async for attempt in AsyncRetrying(wait=wait, stop=stop, retry=retry, sleep=gate.wait, reraise=True):
             with attempt:
-                await gate.passed()
+                if not await gate.passed():
+                    return None
                 began = time.monotonic()
                 answer = await self._request(client, question, gate)
                 self.seconds[answer.key] = time.monotonic() - began
@@ -213,11 +256,7 @@ class HttpExpert:
                 asked = reset_wait(response.headers, tokens=self.sampling.max_tokens, now=now) or None
             if asked is not None:
                 gate.block(asked)
-                if asked > self.expert.deadline:
-                    raise ExpertError(
-                        f"expert {self.endpoint.name}: the server asks to wait {asked:.3g} s, more than "
-                        f"expert.deadline {self.expert.deadline:g}; start again later"
-                    )
+                gate.check()
             busy = status in BUSY and asked is not None
             raise Temporary(words, kind=str(status), wait=asked or 0.0, busy=busy)
         if status in REFUSED:
@@ -237,12 +276,12 @@ class HttpExpert:
             usage = record.get("usage") or {}
             finish = choice.get("finish_reason") or "stop"
             counts = Usage(
-                prompt_tokens=int(usage.get("prompt_tokens") or 0),
-                completion_tokens=int(usage.get("completion_tokens") or 0),
+                prompt_tokens=_count(usage.get("prompt_tokens")),
+                completion_tokens=_count(usage.get("completion_tokens")),
             )
             if not isinstance(finish, str) or not (text is None or isinstance(text, str)):
                 raise TypeError("content is no text")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             shown = self._safe(body.decode("utf-8", "replace"), most=120)
             raise Temporary(f"no chat completion ({type(error).__name__}): {shown}", kind="json") from None
         return self._answer(question, text or "", finish_reason=finish, usage=counts)
@@ -315,5 +354,12 @@ def _error_words(body: bytes) -> str:
         error = record.get("error", record) if isinstance(record, dict) else record
         message = error.get("message") if isinstance(error, dict) else error
         return str(message if message is not None else error)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body.decode("utf-8", "replace")
+
+
+def _count(tokens: Any) -> int:
+    number = int(tokens or 0)
+    if not 0 <= number <= MOST_TOKENS:
+        raise ValueError(f"{number:.3g} tokens")
+    return number

@@ -5,14 +5,20 @@ import math
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+
+from selfemo_jax.experts.ask import ExpertError
 
 SPREAD = 0.25
 """Requests held back together start within this share of the wait after its end, so that they do not collide
 again."""
 LARGEST_SPREAD = 5.0
 """Seconds."""
+SLICE = 0.5
+"""Seconds after which a wait looks whether it is still wanted."""
+TOLD = 30.0
+"""Seconds of a wait from which the person who started the run is told of it."""
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?"
                        r"(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")  # fmt: skip
@@ -52,27 +58,64 @@ def reset_wait(headers: Mapping[str, str], *, tokens: int, now: float) -> float:
 
 
 class Gate:
-    """Holds back all requests to one server until the moment it asked for."""
+    """Holds back all requests to one server until the moment it asked for.
 
-    def __init__(self) -> None:
+    ``longest`` seconds is the wait that may be asked for; ``ending`` says that nothing is to be begun any
+    more, which ends every wait.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        longest: float,
+        ending: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = print,
+    ):
+        self._name, self._longest, self._ending, self._say = name, longest, ending, say
         self._open_at = 0.0
         self._spread = 0.0
 
     def block(self, seconds: float) -> None:
         """No request starts within so many seconds; the longest wait asked for holds."""
-        if time.monotonic() + seconds > self._open_at:
-            self._open_at = time.monotonic() + seconds
-            self._spread = min(SPREAD * seconds, LARGEST_SPREAD)
+        before = self.left
+        if seconds <= before:
+            return
+        self._open_at = time.monotonic() + seconds
+        self._spread = min(SPREAD * seconds, LARGEST_SPREAD)
+        # Requests that were sent together come back with nearly the same wait: it is told once.
+        if before + TOLD < seconds <= self._longest:
+            self._say(
+                f"expert {self._name}: the server asks to wait {seconds:.0f} s; nothing is asked until then"
+            )
 
     @property
     def left(self) -> float:
         """Seconds until it opens."""
         return max(0.0, self._open_at - time.monotonic())
 
-    async def passed(self) -> None:
-        """Return once it is open, requests one after the other."""
-        while self.left > 0:
-            await asyncio.sleep(self.left + random.uniform(0.0, self._spread))
+    def check(self) -> None:
+        """ExpertError where the server asks for more than the longest wait."""
+        if self.left > self._longest:
+            raise ExpertError(
+                f"expert {self._name}: the server asks to wait {self.left:.1f} s, more than expert.deadline "
+                f"{self._longest:g}; start again later"
+            )
+
+    async def passed(self) -> bool:
+        """Return once it is open, requests one after the other: whether one may still begin. ExpertError as
+        `check`."""
+        share = random.random() if self.left else 0.0
+        while (left := self._open_at + share * self._spread - time.monotonic()) > 0 and not self._ending():
+            self.check()
+            await asyncio.sleep(min(left, SLICE))
+        return not self._ending()
+
+    async def wait(self, seconds: float) -> None:
+        """Return after so many seconds, or when nothing is to be begun any more."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._ending():
+            await asyncio.sleep(min(left, SLICE))
 
 
 def _number(text: str | None) -> float | None:

@@ -64,7 +64,7 @@ class Panel:
         for endpoint in settings.endpoints:
             sampling = self.sampling(endpoint)
             if endpoint.kind == "http":
-                self._experts[endpoint.name] = HttpExpert(endpoint, settings, sampling)
+                self._experts[endpoint.name] = HttpExpert(endpoint, settings, sampling, say=say)
             elif endpoint.kind == "replay":
                 self._experts[endpoint.name] = ReplayExpert(endpoint, sampling)
         self.cache = AnswerCache(cache_path)

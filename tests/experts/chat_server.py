@@ -2,6 +2,7 @@
 
     python tests/experts/chat_server.py --log LOG [--faults 429,500,cut,html,slow] [--key KEY]
                                         [--delay SECONDS] [--answers FILE] [--port PORT]
+                                        [--retry_after SECONDS]
 
 Prints its port. The n-th prompt that it meets fails in the n-th way of ``--faults`` (over and over) on its
 first request and is answered on its second; "ok" is no fault. LOG gets one JSON line a request: what was
@@ -62,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             return self.reply(404, {"error": {"message": f"no {self.path}"}}, {})
         if fault == "429":
-            return self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": str(RETRY_AFTER)})
+            wait = {"Retry-After": str(options.retry_after)}
+            return self.reply(429, {"error": {"message": "slow down"}}, wait)
         if fault == "busy":
             reset = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "800ms"}
             return self.reply(429, {"error": {"message": "slow down"}}, reset)
@@ -70,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(500, {"error": "it broke"}, {})
         if fault == "400":
             return self.reply(400, {"error": {"message": "this prompt breaks a rule"}}, {})
+        if fault == "403":
+            return self.reply(403, {"error": {"message": "no more money"}}, {})
+        if fault == "nested":
+            return self.raw(200, b"[" * 200_000)
         if fault == "html":
             return self.raw(200, b"<html>not JSON</html>")
         if fault == "empty":
@@ -80,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         text = next((answer for part, answer in self.server.answers if part in prompt), None)
         text = text if text is not None else written(request["messages"][-1]["content"])
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
+        if fault in ("infinite", "negative"):
+            usage["prompt_tokens"] = float("inf") if fault == "infinite" else -1
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         body = json.dumps(
             {"id": "x", "model": request["model"], "choices": [choice], "usage": usage}
@@ -92,7 +100,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return None
-        self.raw(200, body)
+        spent = {
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": f"{options.retry_after}s",
+        }
+        self.raw(200, body, spent if fault == "spent" else None)
         return self.server.note(digest=digest, fault=fault, model=request["model"], answered=True)
 
     def reply(self, status: int, record: dict, headers: dict) -> None:
@@ -167,6 +179,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--answers")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--retry_after", type=float, default=RETRY_AFTER)
     server = Server(parser.parse_args())
     print(server.server_address[1], flush=True)
     server.serve_forever()

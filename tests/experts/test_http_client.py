@@ -1,7 +1,9 @@
 """Asking a real server in another process that is late, busy, broken or rude."""
 
+import asyncio
 import json
 import logging
+import random
 import time
 
 import httpx
@@ -45,7 +47,10 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(http_client, "FIRST_WAIT", 0.05)
 
 
-@pytest.mark.parametrize("fault", ["429", "busy", "500", "cut", "html", "empty"])
+BROKEN = ("html", "empty", "nested", "infinite", "negative")
+
+
+@pytest.mark.parametrize("fault", ["429", "busy", "500", "cut", *BROKEN])
 def test_what_may_pass_is_tried_again_until_it_does(tmp_path, fault):
     log, said = tmp_path / "log", []
     with serving(log, "--faults", fault) as url, panel(tmp_path, endpoint(url), say=said.append) as experts:
@@ -54,7 +59,8 @@ def test_what_may_pass_is_tried_again_until_it_does(tmp_path, fault):
     assert all("<emotion>" in given[0].text and given[0].source == "owl" for given in answers)
     asked = requests(log)
     assert len(asked) == 8 and sorted(r["fault"] for r in asked) == sorted([fault] * 4 + ["ok"] * 4)
-    assert f"4 x {dict(busy='429', cut='body', html='json', empty='json').get(fault, fault)}" in said[-1]
+    kind = {"busy": "429", "cut": "body"} | dict.fromkeys(BROKEN, "json")
+    assert f"4 x {kind.get(fault, fault)}" in said[-1]
 
 
 @pytest.mark.parametrize("fault", ["429", "busy"])
@@ -134,6 +140,93 @@ def test_a_wait_beyond_the_deadline_ends_at_once(tmp_path):
         experts.ask(questions(1), what="test")
 
 
+@pytest.mark.parametrize("fault", ["429", "spent"])
+def test_a_stop_while_the_server_asks_to_wait_is_a_stop_at_once(tmp_path, fault):
+    log, said = tmp_path / "log", []
+    words = ("--faults", fault, "--retry_after", "60")
+    with (
+        serving(log, *words) as url,
+        panel(
+            tmp_path, endpoint(url, concurrency=2), deadline=90.0, say=said.append,
+            stopping=lambda: bool(said[1:]),
+        ) as experts,
+    ):  # fmt: skip
+        started = time.monotonic()
+        with pytest.raises(Interrupted, match="questions without an answer: stopped"):
+            experts.ask(questions(5), what="test")
+        assert time.monotonic() - started < 20
+        assert len(experts.cache) == (0 if fault == "429" else 2)
+    # Two requests were told to wait, the person who waits is told once.
+    assert len(requests(log)) == 2
+    assert [words for words in said if "wait" in words] == [
+        "expert owl: the server asks to wait 60 s; nothing is asked until then"
+    ]
+
+
+def test_limits_spent_beyond_the_deadline_end_the_asking_and_keep_what_was_answered(tmp_path):
+    said = []
+    with (
+        serving(tmp_path / "log", "--faults", "spent", "--retry_after", "21600") as url,
+        panel(tmp_path, endpoint(url, concurrency=2), say=said.append) as experts,
+    ):
+        assert experts.ask(questions(2), what="test")
+        with pytest.raises(ExpertError, match="asks to wait 21600.0 s, more than expert.deadline 20"):
+            experts.ask(questions(9, "elk"), what="test")
+        assert len(experts.cache) == 4
+    assert not any("wait" in words for words in said)
+
+
+def test_one_that_is_sent_away_does_not_cost_the_answers_that_are_being_written(tmp_path):
+    log = tmp_path / "log"
+    with (
+        serving(log, "--faults", "403,ok,ok,ok,ok,ok,ok,ok", "--stubborn", "--delay", "0.7") as url,
+        panel(tmp_path, endpoint(url, concurrency=4)) as experts,
+    ):
+        with pytest.raises(ExpertError, match="HTTP 403: no more money"):
+            experts.ask(questions(8), what="test")
+        assert len(experts.cache) == len(answered(log)) == 3
+    # No other was begun.
+    assert len(requests(log)) == 4
+
+
+def test_waits_grow_from_try_to_try_and_differ_among_questions(tmp_path, monkeypatch):
+    waits: dict[asyncio.Task, list[float]] = {}
+
+    async def wait(gate: Gate, seconds: float) -> None:
+        waits.setdefault(asyncio.current_task(), []).append(seconds)
+
+    random.seed(0)
+    monkeypatch.setattr(Gate, "wait", wait)
+    dead = endpoint("http://127.0.0.1:9/v1", concurrency=40)
+    with panel(tmp_path, dead, tries=5) as experts, pytest.raises(ExpertError, match="40 questions failed"):
+        experts.ask(questions(40), what="test")
+    by_try = list(zip(*waits.values(), strict=True))
+    assert len(by_try) == 4 and len(by_try[0]) == 40
+    for number, found in enumerate(by_try):
+        bound = http_client.FIRST_WAIT * 2**number
+        assert bound / 2 < max(found) <= bound
+        assert len(set(found)) == 40 and min(found) < bound / 5
+
+
+def test_requests_that_were_held_back_do_not_start_at_the_same_moment():
+    gate, passed = Gate("owl", longest=9.0), []
+
+    async def one() -> None:
+        assert await gate.passed()
+        passed.append(time.monotonic())
+
+    async def held() -> None:
+        gate.block(0.8)
+        await asyncio.gather(*(one() for _ in range(20)))
+
+    random.seed(0)
+    began = time.monotonic()
+    asyncio.run(held())
+    assert len(passed) == 20 and min(passed) >= began + 0.8
+    # They spread over a quarter of the wait.
+    assert max(passed) - min(passed) > 0.1
+
+
 def test_the_key_is_sent_and_is_in_no_file_or_message(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OWL_KEY", KEY)
@@ -160,13 +253,14 @@ def test_no_part_of_the_key_is_left_where_words_are_cut(monkeypatch):
     monkeypatch.setenv("OWL_KEY", key)
     expert = HttpExpert(endpoint("http://127.0.0.1:9/v1", key_env="OWL_KEY"), Expert(), SAMPLING)
     (question,) = questions(1)
+    gate = Gate("owl", longest=9.0)
     said = [expert._read(_body("stop", f"your key is {key}"), question).text]
     for offset in (*range(80, 125), *range(260, 305)):
         words = "y" * offset + key + "z" * 300
         plain = [words, json.dumps(words), json.dumps({"error": {"message": words}})]
         for body in (*plain, plain[2].replace("/", r"\/"), plain[2].replace("-", r"\u002D")):
             answer = httpx.Response(400, content=body.encode())
-            refused = expert._not_ok(answer, answer.content, question, Gate(), 0.0).refused
+            refused = expert._not_ok(answer, answer.content, question, gate, 0.0).refused
             with pytest.raises(http_client.Temporary) as broken:
                 expert._read(body.encode(), question)
             said += [refused, str(broken.value), expert._safe(ValueError(words))]

@@ -1,7 +1,9 @@
 """The panel: what is asked of whom, what is paid for once, what a killed process leaves."""
 
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,9 +12,13 @@ import time
 from collections import Counter
 
 import pytest
+from rich.console import Console
 
+from selfemo_jax.experts import panel as panel_module
 from selfemo_jax.experts.ask import Answer, ChatSampling, ExpertError, Question, Usage, question_key
 from selfemo_jax.experts.cache import AnswerCache
+from selfemo_jax.experts.panel import Panel
+from selfemo_jax.settings.experts import Expert
 from tests.experts.chat_server import answered, requests, serving
 from tests.experts.test_http_client import endpoint, panel, questions
 
@@ -114,6 +120,49 @@ def test_costs_are_added_up_and_bounded(tmp_path):
             experts.ask(questions(9), what="test")
     # What the cache already held counts too: one before, two more.
     assert len(requests(log)) == 3
+
+
+def test_progress_says_how_many_how_long_and_how_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel_module, "SAY_EVERY", 0.0)
+    said = []
+    with serving(tmp_path / "log") as url:
+        priced = endpoint(url, price_in=1e6, price_out=2e6, concurrency=1)
+        with panel(tmp_path, priced, say=said.append) as experts:
+            answers = experts.ask(questions(3), what="test")
+    usages = [given[0].usage for given in answers]
+    assert [line.split(",")[0] for line in said[1:4]] == ["test: 1/3", "test: 2/3", "test: 3/3"]
+    for number, line in enumerate(said[1:4], start=1):
+        num_in = sum(usage.prompt_tokens for usage in usages[:number])
+        num_out = sum(usage.completion_tokens for usage in usages[:number])
+        assert re.search(r", eta \d+\.\d min, ", line)
+        assert f"cost {num_in + 2 * num_out:.4f}, {num_in:,} + {num_out:,} tokens" in line
+    assert ", eta 0.0 min, " in said[3]
+
+
+def test_the_time_left_is_that_of_the_rest_at_the_speed_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel_module, "SAY_EVERY", 0.0)
+    now, said = [100.0], []
+    monkeypatch.setattr(panel_module.time, "monotonic", lambda: now[0])
+    owl = endpoint("http://127.0.0.1:9/v1")
+    with panel(tmp_path, owl, say=said.append) as experts, experts._progress("test", 10) as advance:
+        for seconds in (160.0, 190.0):
+            now[0] = seconds
+            advance()
+    # One in 60 s leaves nine minutes; two in 90 s leave eight times 45 s.
+    assert [line.split(",")[1] for line in said] == [" eta 9.0 min", " eta 6.0 min"]
+
+
+def test_a_terminal_has_a_bar_with_the_time_left_and_the_cost(tmp_path):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    with serving(tmp_path / "log") as url:
+        settings = Expert(endpoints=[endpoint(url, price_in=1e6, concurrency=1)])
+        said = []
+        with Panel(settings, tmp_path / "cache.jsonl", say=said.append, console=console) as experts:
+            experts.ask(questions(3), what="test")
+            cost = experts.cost
+    words = shown.getvalue()
+    assert "3/3" in words and "eta" in words and f"cost {cost:.4f}" in words and len(said) == 2
 
 
 def test_a_recording_answers_in_the_servers_place_and_at_no_cost(tmp_path):
