@@ -6,7 +6,7 @@ from typing import Any
 
 from selfemo_jax.reporting.reading import number
 from selfemo_jax.reporting.runs import RunReport
-from selfemo_jax.reporting.scores import compare, holm
+from selfemo_jax.reporting.scores import compare, holm, of_part
 
 NOT_SETTINGS = ("seed", "run_dir", "time_limit", "platform")
 """What may differ between runs that count as seeds of one another; the note may not, or a plumbing run could
@@ -14,23 +14,22 @@ enter a mean."""
 
 
 def comparisons(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
-    """Every run against the first on each split and data set that both answered; both families of p-values
-    are Holm-corrected over the whole table."""
+    """Every run against the first on each split and data set that both answered, and on the parts of a set;
+    both families of p-values are Holm-corrected over the rows of whole sets."""
     rows = []
     for place, run in enumerate(runs[1:], start=1):
         for score in runs[0].summary["scores"]:
-            split, name = score["split"], score["set"]
-            if score["part"]:
-                continue
+            where = {key: score[key] for key in ("split", "set", "part")}
             before, after = (
-                [p for p in side.predictions.get(split, ()) if p.get("dataset") == name]
+                of_part(side.predictions.get(score["split"], ()), score["set"], score["part"])
                 for side in (runs[0], run)
             )
             found = compare(before, after, score["labels"])
             if found is not None:
-                rows.append({"first": 0, "second": place, "split": split, "set": name, **found})
+                rows.append({"first": 0, "second": place, **where, **found})
+    whole = [row for row in rows if not row["part"]]
     for family in ("p_bootstrap", "p_mcnemar"):
-        for row, adjusted in zip(rows, holm([row[family] for row in rows]), strict=True):
+        for row, adjusted in zip(whole, holm([row[family] for row in whole]), strict=True):
             row[f"{family}_holm"] = number(adjusted, 5)
     return rows
 

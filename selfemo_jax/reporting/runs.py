@@ -109,8 +109,18 @@ def _config(folder: Path, notices: Notices) -> Mapping[str, Any]:
 def _scores(
     folder: Path, final: Mapping[str, Any] | None, notices: Notices
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Results and predictions by split; of an unfinished run those that its stop left."""
+    """Results and predictions by split; of an unfinished run those that its stop left.
+
+    What a later evaluation of the same policy added (yardsticks, samples) is taken over.
+    """
     splits = dict((final or {}).get("splits") or {})
+    for split, result in splits.items():
+        later = read_json(folder / "eval" / f"{split}.json", notices)
+        if isinstance(later, Mapping) and _same_scores(result, later):
+            splits[split] = {
+                **result,
+                **{key: later[key] for key in ("yardsticks", "samples") if key in later},
+            }
     if not splits:
         for path in sorted((folder / "eval").glob("*.json")):
             found = read_json(path, notices)
@@ -121,6 +131,15 @@ def _scores(
         lines = read_lines(folder / "eval" / f"{split}_predictions.jsonl", notices)
         predictions[split] = [line for line in lines if "id" in line and isinstance(line.get("gold"), str)]
     return splits, predictions
+
+
+def _same_scores(result: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Whether both are of the same answers to the same inputs, as far as their scores tell."""
+    told = [
+        {name: [of.get(key) for key in ("num", "accuracy", "weighted_f1")] for name, of in sets.items()}
+        for sets in (result.get("sets") or {}, later.get("sets") or {})
+    ]
+    return told[0] == told[1]
 
 
 def _harvests(folder: Path, notices: Notices) -> list[dict[str, Any]]:

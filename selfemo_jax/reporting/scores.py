@@ -88,6 +88,7 @@ def score_rows(
     hand."""
     rows = []
     for split, result in splits.items():
+        drawn = result.get("samples") or {}
         for name, part, scores in _sets_and_parts(result.get("sets") or {}):
             labels = list(scores.get("per_class") or {})
             row = {
@@ -101,12 +102,22 @@ def score_rows(
                 "confusion": scores.get("confusion") or [],
                 "f1": [number(scores["per_class"][label].get("f1")) for label in labels],
                 "num_labels_predicted": scores.get("num_labels_predicted"),
+                "yardsticks": _yardsticks((result.get("yardsticks") or {}).get(name) or {}, part),
+                "readings": {
+                    reading: number((scores.get(reading) or {}).get("weighted_f1"))
+                    for reading in ("lenient", "instructerc")
+                },
+                "calibration": {
+                    key: number((scores.get("calibration") or {}).get(key))
+                    for key in ("share", "confidence", "accuracy", "ece", "brier", "brier_prior")
+                },
+                "samples": None if part else _samples(drawn.get(name)),
                 "intervals": {},
             }
             for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1", "mean_tokens"):
                 row[key] = number(scores.get(key))
-            chosen = [p for p in predictions.get(split, ()) if p.get("dataset") == name]
-            if not part and chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
+            chosen = of_part(predictions.get(split, ()), name, part)
+            if chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
                 confusion = count(chosen, labels).confusion
                 (draws,) = resampled([confusion])
                 row["intervals"] = {
@@ -115,9 +126,36 @@ def score_rows(
                 }
                 if row["accuracy"] is None or abs(accuracy(confusion.sum(0)) - row["accuracy"]) > 1e-3:
                     row["intervals"] = {}
-                    notices.append(f"{split}: the predictions on {name} are not those of its scores")
+                    where = f"{name}, {part}" if part else name
+                    notices.append(f"{split}: the predictions on {where} are not those of its scores")
             rows.append(row)
     return rows
+
+
+def of_part(predictions: Sequence[Prediction], dataset: str, part: str) -> list[Prediction]:
+    """Those of a set, or of a part of it; none where the lines do not tell parts."""
+    return [p for p in predictions if p.get("dataset") == dataset and (not part or p.get("part") == part)]
+
+
+def _yardsticks(found: Mapping[str, Any], part: str) -> dict[str, list[float | None]]:
+    """Yardstick -> weighted F1 and accuracy on the set, or on a part of it."""
+    scored = {name: (one.get("parts") or {}).get(part) if part else one for name, one in found.items()}
+    return {
+        name: [number(one.get(key)) for key in ("weighted_f1", "accuracy")]
+        for name, one in scored.items()
+        if one
+    }
+
+
+def _samples(found: Any) -> dict[str, Any] | None:
+    """Means, spreads and votes over sampled answers, rounded; None where they are not whole."""
+    if not isinstance(found, Mapping) or not {"n", "mean", "sd", "maj", "any", "votes"} <= found.keys():
+        return None
+    nested = {
+        name: {key: number(found[name].get(key)) for key in ("weighted_f1", "accuracy", "ece")}
+        for name in ("mean", "sd", "maj", "votes")
+    }
+    return {"n": found["n"], "any": number(found["any"]), **nested}
 
 
 def _sets_and_parts(sets: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -149,7 +149,16 @@ def test_every_block_of_numbers_carries_the_words_of_a_plumbing_run(chromium, on
 def test_only_the_run_that_is_plumbing_is_called_so(chromium, two):
     with opened(chromium, two) as page:
         rows = page.locator("#scores tbody tr").all_inner_texts()
-        assert [NOTE in row for row in rows if row.split()[0] in ("plumbing", "real")] == [True, False]
+        assert [NOTE in row for row in rows if row.split()[0] in ("plumbing", "real")] == [True, False] * 3
+        yardsticks = page.locator("#scores figure", has_text="Beside yardsticks").locator("tbody tr")
+        # A quarter is wrong: F1 of joy 1, of anger 2/3. Then majority, a stratified draw, the linear model.
+        cells = yardsticks.first.locator("td").all_inner_texts()
+        assert [cell.strip() for cell in cells[-5:-1]] == [
+            "83.3 / 75.0",
+            "33.3 / 50.0",
+            "45.0 / 50.0",
+            "55.0 / 50.0",
+        ]
         row = page.locator("#significance tbody tr").first.inner_text()
         assert row.startswith("real") and "1 / 0" in row
 

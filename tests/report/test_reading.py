@@ -9,7 +9,15 @@ from sklearn.metrics import f1_score
 from selfemo_jax import report
 from selfemo_jax.reporting import curves, dialogues, rollouts, runs, scores, studies
 from selfemo_jax.reporting.compare import comparisons, seed_groups
-from tests.report.folders import HOSTILE, LABELS, flywheel, predictions, write_clusters, write_run
+from tests.report.folders import (
+    HOSTILE,
+    LABELS,
+    flywheel,
+    predictions,
+    write_clusters,
+    write_lines,
+    write_run,
+)
 
 
 def read(folder, **limits):
@@ -255,6 +263,63 @@ def test_parts_of_a_set_are_scored_beside_it_and_not_compared(tmp_path):
         ("tiny", "clean", 3),
     ]
     assert len(comparisons([found, found])) == 1
+
+
+def test_each_score_has_its_yardsticks_readings_and_calibration(tmp_path):
+    (row,) = read(write_run(tmp_path)).summary["scores"]
+    assert list(row["yardsticks"]) == ["majority", "stratified random", "TF-IDF + LR"]
+    assert row["yardsticks"]["TF-IDF + LR"] == [0.55, 0.5], "weighted F1, accuracy"
+    assert row["readings"] == {"lenient": 0.875, "instructerc": 0.625}
+    assert (row["calibration"]["ece"], row["samples"]) == (0.4, None)
+
+
+def test_samples_of_a_later_evaluation_join_the_scores_that_the_run_ended_with(tmp_path):
+    folder = write_run(tmp_path)
+    result = json.loads((folder / "eval" / "final.json").read_text())["splits"]["test"]
+    both = {"weighted_f1": 0.5, "accuracy": 0.25}
+    drawn = {"n": 8, "mean": both, "sd": both, "maj": {**both, "weighted_f1": 0.75}, "any": 1.0, "votes": {}}
+    later = folder / "eval" / "test.json"
+    later.write_text(json.dumps(result | {"samples": {"tiny": drawn}}))
+    (row,) = read(folder).summary["scores"]
+    assert (row["samples"]["n"], row["samples"]["maj"]["weighted_f1"]) == (8, 0.75)
+    assert row["weighted_f1"] == pytest.approx(result["sets"]["tiny"]["weighted_f1"], abs=1e-4)
+    # Another policy was evaluated into the same folder: nothing of it may stand beside the run's scores.
+    other = {"tiny": result["sets"]["tiny"] | {"accuracy": 0.1}}
+    later.write_text(json.dumps(result | {"sets": other, "samples": {"tiny": drawn}}))
+    assert read(folder).summary["scores"][0]["samples"] is None
+
+
+def test_runs_are_compared_on_the_parts_that_their_answers_tell(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", right=(1, 1, 1, 1))]
+    for folder in folders:
+        path = folder / "eval" / "test_predictions.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        parts = ("shared", "shared", "clean", "clean")
+        write_lines(path, [line | {"part": part} for line, part in zip(lines, parts, strict=True)])
+        path = folder / "eval" / "final.json"
+        final = json.loads(path.read_text())
+        tiny = final["splits"]["test"]["sets"]["tiny"]
+        share = 0.5 if folder.name == "a" else 1.0
+        tiny["parts"] = {
+            "shared": tiny | {"num": 2, "accuracy": share},
+            "clean": tiny | {"num": 2, "accuracy": 1.0},
+        }
+        yardsticks = final["splits"]["test"]["yardsticks"]["tiny"]
+        yardsticks["majority"]["parts"] = {"shared": {"weighted_f1": 0.2, "accuracy": 0.1}}
+        path.write_text(json.dumps(final))
+    found = [read(folder) for folder in folders]
+    # The first run misses the second of two shared inputs: one dialogue, so its interval is a point.
+    shared = next(row for row in found[0].summary["scores"] if row["part"] == "shared")
+    assert shared["intervals"]["accuracy"] == [0.5, 0.5] and found[0].notices == []
+    assert shared["yardsticks"] == {"majority": [0.2, 0.1]}
+    rows = comparisons(found)
+    assert [(row["part"], row["num"], row["won"]) for row in rows] == [
+        ("", 4, 1),
+        ("shared", 2, 1),
+        ("clean", 2, 0),
+    ]
+    assert [row.get("p_mcnemar_holm") for row in rows[1:]] == [None, None], "the family is of whole sets"
+    assert rows[0]["p_mcnemar_holm"] == rows[0]["p_mcnemar"]
 
 
 def test_a_run_is_never_lost_to_its_report(tmp_path, monkeypatch):

@@ -26,10 +26,49 @@ function scoreSection(report) {
     { name: "majority F1 / accuracy", numeric: true, cell: (row) => `${percent(row.majority.weighted_f1)} / ${percent(row.majority.accuracy)}` },
     several ? { name: "note", cell: (row) => notes([row.run]) } : null,
   ].filter(Boolean);
-  const parts = [panel("Scores in percent", runs, table(columns, rows, { stack: true }))];
+  const parts = [panel("Scores in percent", runs, table(columns, rows, { stack: true })), ...moreScores(runs, rows)];
   if (report.seeds.length) parts.push(seedTable(report));
   return section("scores", "Scores",
     "Strict: an answer outside the grammar is wrong. Brackets: 95 % intervals of a bootstrap over dialogues.", parts);
+}
+
+// Yardsticks, other readings, calibration and samples, each where some row has it.
+function moreScores(runs, rows) {
+  const where = [
+    runs.length > 1 ? { name: "run", cell: (row) => runName(row.run, row.place) } : null,
+    { name: "split", cell: (row) => row.split },
+    { name: "set", cell: (row) => setName(row) },
+  ].filter(Boolean);
+  const note = runs.length > 1 ? [{ name: "note", cell: (row) => notes([row.run]) }] : [];
+  const pair = (found) => found ? `${percent(found[0])} / ${percent(found[1])}` : "-";
+  const spread = (found, key) => `${percent(found.mean[key])} ± ${percent(found.sd[key])}`;
+  const measured = rows.filter((row) => Object.keys(row.yardsticks).length);
+  const read = rows.filter((row) => typeof row.calibration.ece === "number"), drawn = rows.filter((row) => row.samples);
+  const names = [...new Set(measured.flatMap((row) => Object.keys(row.yardsticks)))];
+  return [
+    measured.length ? panel("Beside yardsticks: weighted F1 / accuracy in percent", runs, table([...where,
+      { name: "policy", numeric: true, cell: (row) => pair([row.weighted_f1, row.accuracy]) },
+      ...names.map((name) => ({ name, numeric: true, cell: (row) => pair(row.yardsticks[name]) })), ...note,
+    ], measured, { stack: true })) : null,
+    read.length ? panel("Other readings, and weights as probabilities: F1, shares and ECE in percent", runs, table([...where,
+      { name: "lenient F1", numeric: true, cell: (row) => percent(row.readings.lenient) },
+      { name: "InstructERC F1", numeric: true, cell: (row) => percent(row.readings.instructerc) },
+      { name: "valid", numeric: true, cell: (row) => percent(row.calibration.share) },
+      { name: "confidence", numeric: true, cell: (row) => percent(row.calibration.confidence) },
+      { name: "right", numeric: true, cell: (row) => percent(row.calibration.accuracy) },
+      { name: "ECE", numeric: true, cell: (row) => percent(row.calibration.ece) },
+      { name: "Brier (of label shares)", numeric: true, cell: (row) => `${fixed(row.calibration.brier)} (${fixed(row.calibration.brier_prior)})` },
+      { name: "tokens", numeric: true, cell: (row) => fixed(row.mean_tokens, 1) }, ...note,
+    ], read, { stack: true })) : null,
+    drawn.length ? panel("Sampled answers, percent", runs, table([...where,
+      { name: "n", numeric: true, cell: (row) => short(row.samples.n) },
+      { name: "mean F1", numeric: true, cell: (row) => spread(row.samples, "weighted_f1") },
+      { name: "mean accuracy", numeric: true, cell: (row) => spread(row.samples, "accuracy") },
+      { name: "vote F1 / accuracy", numeric: true, cell: (row) => pair([row.samples.maj.weighted_f1, row.samples.maj.accuracy]) },
+      { name: "any right", numeric: true, cell: (row) => percent(row.samples.any) },
+      { name: "ECE of votes", numeric: true, cell: (row) => percent(row.samples.votes.ece) }, ...note,
+    ], drawn, { stack: true })) : null,
+  ].filter(Boolean);
 }
 
 function seedTable(report) {
@@ -52,7 +91,7 @@ function comparisonSection(report) {
     parts.push(panel(`Each run against ${report.runs[0].label}`, report.runs, table([
       { name: "run", cell: (row) => runName(report.runs[row.second], row.second) },
       { name: "split", cell: (row) => row.split },
-      { name: "set", cell: (row) => row.set },
+      { name: "set", cell: (row) => setName(row) },
       { name: "inputs (dialogues)", numeric: true, cell: (row) => `${short(row.num)} (${short(row.dialogues)})` },
       { name: "weighted F1", numeric: true, cell: (row) => row.weighted_f1.map((value) => percent(value)).join(" to ") },
       { name: "difference", numeric: true, cell: (row) => h("span", { class: row.interval[0] > 0 ? "better" : row.interval[1] < 0 ? "worse" : "" }, withInterval(row.difference, row.interval)) },
@@ -62,7 +101,7 @@ function comparisonSection(report) {
     ], report.comparisons, { stack: true })));
   }
   return section("significance", "Significance",
-    "Paired, on the inputs that both answered. Difference of weighted F1 with the 95 % interval of a bootstrap over dialogues; McNemar's exact test on accuracy; Holm's correction over this table.",
+    "Paired, on the inputs that both answered. Difference of weighted F1 with the 95 % interval of a bootstrap over dialogues; McNemar's exact test on accuracy; Holm's correction over the whole sets of this table.",
     parts, tables.map((one) => studyTable(one, report.runs)));
 }
 
