@@ -8,6 +8,7 @@ setup(
         "selfemo_jax.configs",
         "selfemo_jax.tools",
         "selfemo_jax.tools.torch_side",
+        "selfemo_jax.tools.tunix_side",
     ],
     package_dir={"selfemo_jax.configs": "configs", "selfemo_jax.tools": "tools"},
 )

@@ -3,10 +3,11 @@
     python tools/bench_throughput.py [--config configs/bench.yaml] [--backend jax|torch|both]
                                      [--json FILE] [--plot FILE] [--compare OLD.json --threshold 0.1]
 
-Each side runs in a process of its own, PyTorch from its own environment (--torch_python, --trl_python). Both
-get the same weights (safetensors written by the converter), tokens, rows and types, and must agree on losses
-and gradient norms before anything is timed. Of the ways PyTorch can do a phase (eager, compiled, kernels,
-caches) a trial finds the fastest, which is then timed in turns with JAX. Compilation and warm-up are apart.
+Each side runs in a process of its own, all but JAX from environments of their own (--torch_python,
+--trl_python, --tunix_python). They get the same weights (safetensors written by the converter), tokens, rows
+and types, and must agree on losses and gradient norms before anything is timed. Of the ways PyTorch can do a
+phase (eager, compiled, kernels, caches) a trial finds the fastest, which is then timed in turns with JAX.
+Compilation and warm-up are apart.
 What a side cannot do is left out and told; the rest is measured and written.
 Exit status: 1 where --compare finds a regression or misses what it had, 2 for settings that cannot be run and
 for sides that do not agree.

@@ -1,4 +1,4 @@
-"""Who takes part in a phase: each layout in JAX, and every way of PyTorch that might be its fastest."""
+"""Who takes part in a phase: JAX with each layout, PyTorch in all ways that might be fastest, TRL, tunix."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Contestant:
     """One way to do a phase's work. Of those with one ``seat`` only the fastest is measured."""
 
     side: str
-    """jax, torch or trl: the process it runs in."""
+    """jax, torch, trl or tunix: the process it runs in."""
     phase: str
     layout: str
     """Empty where the phase has no rows."""
@@ -42,6 +42,8 @@ class Contestant:
             "attention": self.attention,
             "cache": self.cache,
             "trl": self.side == "trl",
+            # tunix scores no rows of ours: what it samples greedily shows whether its model is the same.
+            "greedy": self.phase == "rl_step" and settings.tunix_python is not None,
             "folder": str(folder.resolve()),
             "model_folder": str(model_folder.resolve()),
             "dtype": settings.dtype,
@@ -81,6 +83,8 @@ def contestants(
                 found.append(
                     Contestant(side="trl", phase=phase, layout="", label="TRL dynamic compiled", compile=True)
                 )
+    if phase == "rl_step" and settings.tunix_python is not None and settings.devices == 1:
+        found.append(Contestant(side="tunix", phase=phase, layout="", label="tunix"))
     return found
 
 

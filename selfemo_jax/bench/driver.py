@@ -22,6 +22,7 @@ from selfemo_jax.bench.task import PACKED_WORK, Task, make_task
 from selfemo_jax.model.flops import known_device
 
 Say = Callable[[str], None]
+GET_TUNIX = "`pip install google-tunix` into an environment of its own, and name its Python"
 
 
 @dataclass
@@ -101,6 +102,8 @@ class Driver:
                 self._described["trl"] = self._side("trl", 1).ask("describe")
             except SideError as error:
                 self._say(f"TRL is left out: {error}")
+        if "rl_step" in self._settings.phases:
+            self._describe_tunix()
         self._write_weights()
         if not self._together or self._settings.devices > 1:
             self.close()
@@ -132,6 +135,24 @@ class Driver:
             if self._settings.backend == "torch" or self._settings.torch_python is not None:
                 raise
             self._leave_out("all phases", "torch", error)
+
+    def _describe_tunix(self) -> None:
+        """From the environment that is named; what is wrong with it is told once, with how to get one."""
+        if self._settings.tunix_python is None:
+            if self._settings.backend == "both":
+                self._leave_out("rl_step", "tunix", f"no --tunix_python; {GET_TUNIX}")
+            return
+        platforms = {side["platform"] for side in self._described.values()}
+        try:
+            found = self._side("tunix", 1).ask("describe")
+            if "google-tunix" not in found["versions"]:
+                raise SideError("google-tunix is not installed in --tunix_python")
+            if found["platform"] not in platforms:
+                raise SideError(f"its jax runs on {found['platform']}, the other sides on {platforms}")
+        except SideError as error:
+            self._leave_out("rl_step", "tunix", f"{GET_TUNIX}: {error}")
+        else:
+            self._described["tunix"] = found
 
     @property
     def _together(self) -> bool:

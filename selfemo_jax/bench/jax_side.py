@@ -220,6 +220,10 @@ class JaxSide:
         size, length = case["group_size"], case["completion"]
         longest = max(map(len, prompts)) - 1 + size * length
         step = 0
+        checked: dict[str, Any] = {}
+        if case["greedy"]:
+            groups = rollout(engine, prompts, num=1, max_tokens=min(16, length), seed=0, temperature=0.0)
+            checked["greedy"] = [token for one in in_order(groups) for token in one.completions[0].token_ids]
 
         def whole_step() -> Values:
             nonlocal state, step
@@ -261,6 +265,7 @@ class JaxSide:
                 "refresh_s": ended - updated,
                 "step_loss": metrics["loss"],
                 "tokens": sum(len(one.token_ids) for group in groups for one in group.completions),
+                **checked,
             }
 
         return whole_step

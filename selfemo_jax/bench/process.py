@@ -92,7 +92,8 @@ def allocator(chosen: Mapping[str, str], *, platform: str) -> dict[str, str]:
 
 
 def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int, tools: Path) -> SideProcess:
-    """Start ``jax``, ``torch`` or ``trl``; ``tools`` is the folder that holds torch_side."""
+    """Start ``jax``, ``torch``, ``trl`` or ``tunix``; ``tools`` is the folder that holds torch_side and
+    tunix_side."""
     cores = settings.cores or ",".join(map(str, sorted(os.sched_getaffinity(0))))
     env = dict(os.environ) | {
         # Waiting threads of torch would otherwise burn the cores that the other side runs on.
@@ -106,29 +107,38 @@ def start_side(side: str, settings: BenchSettings, folder: Path, *, devices: int
     env |= allocator(env | settings.env, platform=settings.platform)
     pinned = ["taskset", "-c", cores] if settings.cores else []
     log = folder / f"{side}.log"
-    if side == "jax":
-        env |= settings.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    if side in ("jax", "tunix"):
+        env |= settings.env
         # Beside a side that may fill the GPU, three quarters of it would not be the same machine.
         env |= memory_settings(env)
         flags = f"{env.get('XLA_FLAGS', '')} {settings.jax_flags}".strip()
         platform = platform_of(settings.platform, env)
         env["XLA_FLAGS"] = with_applied(flags, platform=platform, several=devices > 1)
-        command = [*pinned, sys.executable, "-m", "selfemo_jax.bench.jax_side"]
-        command += ["--platform", settings.platform, "--devices", str(devices)]
+        if side == "jax":
+            env["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+            command = [*pinned, sys.executable, "-m", "selfemo_jax.bench.jax_side", "--devices", str(devices)]
+        else:
+            assert settings.tunix_python is not None
+            command = [*pinned, settings.tunix_python, *_start("tunix_side", tools)]
+        command += ["--platform", settings.platform]
         command += ["--precision", "highest" if settings.dtype == "float32" else "default"]
         return SideProcess([command], [env], log)
     env |= settings.env | settings.torch_env
     python = settings.torch_python or sys.executable
     if side == "trl":
         python = settings.trl_python or python
-    start = "import sys; sys.path.append(sys.argv.pop(1)); from torch_side.worker import main; main()"
-    command = [*pinned, python, "-c", start, str(tools), "--protocol", str(Path(worker.__file__))]
-    command += ["--platform", settings.platform]
+    command = [*pinned, python, *_start("torch_side", tools), "--platform", settings.platform]
     if devices == 1:
         return SideProcess([command], [env], log)
     group = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     envs = [env | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(devices)]
     return SideProcess([command] * devices, envs, log)
+
+
+def _start(package: str, tools: Path) -> list[str]:
+    """What a Python of another environment is told, to serve from a package of ``tools``."""
+    start = f"import sys; sys.path.append(sys.argv.pop(1)); from {package}.worker import main; main()"
+    return ["-c", start, str(tools), "--protocol", str(Path(worker.__file__))]
 
 
 def _free_port() -> int:

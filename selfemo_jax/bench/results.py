@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfemo_jax.bench.contestants import LOSS, OPTIM
-from selfemo_jax.bench.settings import BenchSettings
+from selfemo_jax.bench.settings import BACKENDS, BenchSettings
 from selfemo_jax.model import flops as flop_counts
 
 Row = dict[str, Any]
@@ -103,7 +103,7 @@ def decode_floor(settings: BenchSettings, row: Row) -> float:
 
 def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """How many times as fast each JAX row is: as PyTorch on the same layout, as the fastest PyTorch, and as
-    TRL; round by round, so that what slows a round slows both."""
+    TRL and tunix; round by round, so that what slows a round slows both."""
     found = []
     for ours in rows:
         if ours["side"] != "jax":
@@ -112,7 +112,7 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
         theirs = sorted((r for r in same if r["side"] == "torch"), key=lambda r: r["median_s"])
         rivals = {row["label"]: row for row in theirs if row["layout"] == ours["layout"]}
         rivals |= {row["label"]: row for row in theirs[:1]}
-        rivals |= {row["label"]: row for row in same if row["side"] == "trl"}
+        rivals |= {row["label"]: row for row in same if row["side"] in ("trl", "tunix")}
         for label, row in rivals.items():
             pairs = list(zip(ours["seconds"], row["seconds"], strict=False))
             if min(map(min, pairs)) <= 0:
@@ -236,9 +236,10 @@ def _seats(result: Mapping[str, Any], by: str) -> dict[str, Row]:
 def _asked(row: Row, settings: Mapping[str, Any]) -> bool:
     """Whether these settings ask for such a row."""
     phase = "generate" if row["phase"] in GENERATED else row["phase"]
+    backends = {"jax": ("jax", "both"), "tunix": BACKENDS if settings.get("tunix_python") else ()}
     return (
         phase in settings["phases"]
-        and settings["backend"] in ("both", "jax" if row["side"] == "jax" else "torch")
+        and settings["backend"] in backends.get(row["side"], ("torch", "both"))
         and row["layout"] in ("", *settings["layouts"])
         and all(value in settings["sweep"].get(name, ()) for name, value in row["point"].items())
     )

@@ -47,6 +47,8 @@ class BenchSettings:
     """Python of the PyTorch side's environment; null: this one."""
     trl_python: str | None = None
     """Python of an environment with TRL, for the whole step; null: the PyTorch side's."""
+    tunix_python: str | None = None
+    """Python of an environment with google-tunix, for the whole step; null: tunix does not take part."""
     phases: tuple[str, ...] = PHASES
     """Any of logprobs, rl_update, sft_update, generate, refresh, rl_step."""
     model: str = "small"

@@ -40,8 +40,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     if result["ratios"]:
-        table = Table(title="How many times as fast as PyTorch, round by round")
-        for name in ("phase", "JAX", "PyTorch", "at", "median", "range", "CPU seconds"):
+        table = Table(title="How many times as fast as PyTorch, TRL and tunix, round by round")
+        for name in ("phase", "JAX", "against", "at", "median", "range", "CPU seconds"):
             table.add_column(name)
         for one in result["ratios"]:
             table.add_row(
@@ -104,7 +104,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(
         1 + len(swept), columns, figsize=(3.4 * columns, 3.2 * (1 + len(swept))), squeeze=False
     )
-    colours = {"jax": "#4269d0", "torch": "#ef6f2e", "trl": "#9c6b4e"}
+    colours = {"jax": "#4269d0", "torch": "#ef6f2e", "trl": "#9c6b4e", "tunix": "#3c9d6b"}
     for axis, phase in zip(axes[0], phases, strict=False):
         rows = [row for row in base if row["phase"] == phase]
         low = [row["median_s"] - row["min_s"] for row in rows]

@@ -219,3 +219,20 @@ def measured_result() -> dict:
     from tests.bench.test_results import ROWS, result
 
     return json.loads(json.dumps(result(ROWS)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults", "words"),
+    [
+        ({}, {}, "no --tunix_python"),
+        ({"tunix_python": "python"}, {}, "google-tunix is not installed"),
+        ({"tunix_python": "python"}, {"tunix.describe": "die"}, "the process ended"),
+        ({"backend": "jax"}, {}, None),
+    ],
+)
+def test_tunix_is_left_out_with_how_to_get_it_unless_nobody_asked(bench, changes, faults, words):
+    found, _ = bench(faults, phases=("rl_step",), **changes)
+    assert ("rl_step", "jax", "") in rows(found)
+    reasons = [one["error"] for one in found["unavailable"] if one["label"] == "tunix"]
+    assert len(reasons) == (words is not None)
+    assert all(words in one and "pip install google-tunix" in one for one in reasons)

@@ -53,13 +53,23 @@ def test_ratios_are_taken_round_by_round_against_the_same_rows_and_the_fastest()
     assert found["jax shared_prefix", "torch shared_prefix compiled"]["fastest_torch"]
 
 
-def test_trl_is_compared_beside_the_fastest():
+def test_trl_and_tunix_are_compared_beside_the_fastest():
     rows = [
         row("jax", "jax", "", [1.0, 1.0], phase="rl_step"),
         row("torch", "torch", "", [3.0, 3.0], phase="rl_step"),
         row("trl", "TRL", "", [4.0, 6.0], phase="rl_step"),
+        row("tunix", "tunix", "", [8.0, 2.0], phase="rl_step"),
     ]
-    assert {one["theirs"]: one["median"] for one in ratios(rows)} == {"torch": 3.0, "TRL": 5.0}
+    assert {one["theirs"]: one["median"] for one in ratios(rows)} == {"torch": 3.0, "TRL": 5.0, "tunix": 5.0}
+
+
+def test_tunix_is_missed_only_where_its_environment_is_named():
+    rows = [row("jax", "jax", "", [1.0], phase="rl_step"), row("tunix", "tunix", "", [8.0], phase="rl_step")]
+    old = result(rows)
+    for python, asked in ((None, False), ("python", True)):
+        new = result(rows[:1], backend="jax", phases=("rl_step",), tunix_python=python)
+        _, missing = compare(old, new, threshold=0.1, by="seconds")
+        assert missing == [{"what": "rl_step: tunix", "asked": asked}]
 
 
 def test_a_decode_below_the_noise_has_no_rate_and_no_ratio():

@@ -82,8 +82,8 @@ def test_every_side_gets_the_same_allocator(tmp_path, monkeypatch, outside, env,
     for name, value in outside.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process, "SideProcess", lambda commands, envs, log: envs)
-    settings = BenchSettings(platform="cpu", env=env)
-    for side in ("jax", "torch", "trl"):
+    settings = BenchSettings(platform="cpu", env=env, tunix_python="python")
+    for side in ("jax", "torch", "trl", "tunix"):
         (found,) = process.start_side(side, settings, tmp_path, devices=1, tools=tmp_path)
         assert allocator_of(found) == expected, side
 
