@@ -12,7 +12,10 @@ always answering with the most frequent training label; beside the sets of the p
 
 import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
 
+import hashlib
+import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from selfemo_jax.appendlog import AppendLog, atomic_write
-from selfemo_jax.checkpoint import find_checkpoint
+from selfemo_jax.checkpoint import Found, find_checkpoint
 from selfemo_jax.config import Config
-from selfemo_jax.config_io import Command, Flag, config_folder, load_config
+from selfemo_jax.config_io import Command, Flag, config_folder, load_config, read_config
 from selfemo_jax.evaluation.answers import Answers, policy_answers
 from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
 from selfemo_jax.evaluation.samples import score_samples
@@ -33,10 +36,10 @@ from selfemo_jax.evaluation.tables import print_all
 from selfemo_jax.evaluation.yardsticks import yardsticks
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
-from selfemo_jax.rollout.stream import TOLD_EVERY
 from selfemo_jax.run_data import RunData, load_data
 from selfemo_jax.run_personas import with_personas
 from selfemo_jax.scores import Prediction, score
+from selfemo_jax.study.same_settings import FREE, differences
 
 FLAGS = {
     "checkpoint": Flag(help="run, converted or Hugging Face folder"),
@@ -49,10 +52,12 @@ FLAGS = {
         help="score majority, random and a linear model too; alone: nothing else", switch=True
     ),
     "out": Flag(
-        help="folder for predictions and scores; default: eval/ in the run, or beside the checkpoint"
+        help="folder for predictions and scores; default: eval/ in the run (of a finished one scored with "
+        "other settings a folder in it), or beside the checkpoint"
     ),
 }
 
+_say = functools.partial(print, flush=True)
 NOTHING = "utterance in that split, so there is nothing to score"
 
 
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.eval.persona == "given":
                 data = with_personas(config, data, split=flags["split"])
             evaluate_splits(
-                answers, data, splits=[flags["split"]], note=note, folder=folder, say=print,
+                answers, data, splits=[flags["split"]], note=note, folder=folder, say=_say,
                 num_samples=flags["samples"], with_yardsticks=flags["yardsticks"], seed=config.seed,
             )  # fmt: skip
     except (ValueError, OSError) as error:
@@ -102,9 +107,7 @@ def evaluate_splits(
             say(f"{split}: no labelled {NOTHING}")
         if answers is not None:
             started = time.perf_counter()
-            predictions = _written(
-                answers.greedy(samples), folder / f"{split}_predictions.jsonl", samples, data.parts, say
-            )
+            predictions = _written(answers.greedy(samples), folder / f"{split}_predictions.jsonl", data.parts)
             found["seconds"] = time.perf_counter() - started
             found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
             found["speed"] = _speed(predictions, found["seconds"])
@@ -123,24 +126,16 @@ def evaluate_splits(
 def _written(
     predictions: Iterable[Prediction],
     path: Path,
-    samples: Sequence[Any],
     parts: Mapping[str, str],
-    say: Callable[[str], None],
 ) -> list[Prediction]:
     """The predictions once all of them are in the file, which has its name only then."""
-    part, started = path.with_suffix(".partial"), time.perf_counter()
-    told = started
+    part = path.with_suffix(".partial")
     part.unlink(missing_ok=True)
     done: list[Prediction] = []
     with AppendLog(part) as log:
         for prediction in predictions:
             log.append(prediction.to_json(parts.get(prediction.sample.root_id, "")))
             done.append(prediction)
-            if time.perf_counter() - told >= TOLD_EVERY and len(done) < len(samples):
-                told = time.perf_counter()
-                rate = len(done) / (told - started)
-                left = (len(samples) - len(done)) / rate
-                say(f"{path.stem}: {len(done)}/{len(samples)}, {rate:.1f} inputs/s, eta {left:.0f} s")
     part.replace(path)
     return done
 
@@ -167,6 +162,24 @@ def _config_of(command: Command) -> Path:
     return find_checkpoint(checkpoint).config_file if checkpoint else config_folder() / "evaluate.yaml"
 
 
+def scores_folder(checkpoint: Found, config: Config) -> Path:
+    """Where scores under these settings go unless told otherwise.
+
+    The final scores of a finished run stay: what other settings than its own give goes to a folder beside
+    them that is named for what differs.
+    """
+    if not (checkpoint.out / "final.json").exists():
+        return checkpoint.out
+    own = read_config(checkpoint.config_file)
+    changed = {key: now for key, (_, now) in differences(own, config).items() if key not in FREE}
+    if not changed:
+        return checkpoint.out
+    words = ",".join(f"{key}={value}" for key, value in sorted(changed.items()))
+    name = re.sub(r"[^\w.=,+-]+", "-", words)[:80]
+    digest = "" if name == words else f"-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return checkpoint.out / f"{name}{digest}"
+
+
 @contextmanager
 def _opened(config: Config, command: Command):
     """Who answers (None: only yardsticks), its settings, where the scores go, and the words they carry."""
@@ -183,13 +196,15 @@ def _opened(config: Config, command: Command):
             yield endpoint.answers(), config, folder, f"{flags['model']} at {flags['endpoint']}"
     elif flags["checkpoint"]:
         checkpoint = find_checkpoint(flags["checkpoint"])
+        out = Path(flags["out"] or scores_folder(checkpoint, config))
+        if not flags["out"] and out != checkpoint.out:
+            print(f"other settings than the run's own: its scores stay, these go to {out}")
         config = checkpoint.settings(config)
         parts = build_parts(config)
         engine = make_engine(parts)
         try:
             engine.update_policy(weights_of(parts, checkpoint.weights), version=0)
-            out = Path(flags["out"] or checkpoint.out)
-            yield policy_answers(engine, parts.codec, config), config, out, parts.note
+            yield policy_answers(engine, parts.codec, config, say=_say), config, out, parts.note
         finally:
             engine.close()
     elif flags["yardsticks"]:

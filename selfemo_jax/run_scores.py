@@ -57,7 +57,7 @@ def score_whole_splits(
     these scores are not the run's last. The run's report is written anew.
     """
     config = parts.config
-    answers = policy_answers(engine, parts.codec, config, between=check_stop)
+    answers = policy_answers(engine, parts.codec, config, say=say, between=check_stop)
     if not is_first():
         # The engine needs every process; what comes out is written and printed by the first one.
         with tempfile.TemporaryDirectory() as aside, contextlib.redirect_stdout(io.StringIO()):
@@ -69,7 +69,7 @@ def score_whole_splits(
     note = "; ".join(words for words in (parts.note, notice) if words)
     results = evaluate_splits(
         answers, data, splits=config.eval.final_splits, note=note,
-        folder=run_dir / "eval", say=say,
+        folder=run_dir / "eval", say=say, with_yardsticks=True, seed=config.seed,
     )  # fmt: skip
     if not notice:
         content = {**summary, "note": note, "splits": results}

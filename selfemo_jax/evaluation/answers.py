@@ -1,6 +1,7 @@
 """Who answers the inputs of an evaluation: a policy in the rollout engine here, an endpoint elsewhere."""
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.rollout.engine import Engine, Sampling
-from selfemo_jax.rollout.stream import sampling_seed
+from selfemo_jax.rollout.stream import TOLD_EVERY, sampling_seed
 from selfemo_jax.scores import Prediction, answers, greedy_answers
 
 
@@ -22,14 +23,45 @@ class Answers:
 
 
 def policy_answers(
-    engine: Engine, codec: TextCodec, config: Config, *, between: Callable[[], None] = lambda: None
+    engine: Engine,
+    codec: TextCodec,
+    config: Config,
+    *,
+    say: Callable[[str], None],
+    between: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answers of the engine's policy; samples are drawn as `eval` says. ``between`` is called after each
-    greedy answer, and may raise to end it."""
-    greedy = functools.partial(greedy_answers, engine, codec=codec, config=config, between=between)
+    """Answers of the engine's policy; samples are drawn as `eval` says. ``say`` hears how far the greedy
+    ones are, every half minute; ``between`` is called after each, and may raise to end them."""
+    settings = {"engine": engine, "codec": codec, "config": config}
     return Answers(
-        greedy=greedy, sampled=functools.partial(_sampled, engine=engine, codec=codec, config=config)
+        greedy=functools.partial(_greedy, **settings, say=say, between=between),
+        sampled=functools.partial(_sampled, **settings),
     )
+
+
+def _greedy(
+    samples: Sequence[Sample],
+    *,
+    engine: Engine,
+    codec: TextCodec,
+    config: Config,
+    say: Callable[[str], None],
+    between: Callable[[], None],
+) -> Iterable[Prediction]:
+    started = told = time.perf_counter()
+    finished = 0
+
+    def after_each() -> None:
+        nonlocal told, finished
+        between()
+        finished += 1
+        now = time.perf_counter()
+        if now - told >= TOLD_EVERY and finished < len(samples):
+            told, rate = now, finished / (now - started)
+            left = (len(samples) - finished) / rate
+            say(f"answers: {finished} of {len(samples)}, {rate:.1f} a second, eta {left:.0f} s")
+
+    yield from greedy_answers(engine, samples, codec, config, between=after_each)
 
 
 def _sampled(

@@ -83,7 +83,7 @@ def test_samples_are_drawn_as_the_settings_say_and_come_input_by_input():
     config = settings(eval={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "batch_rows": 1})
     engine = Drawing()
     inputs = [sample(n, gold={"joy": 1.0}) for n in range(3)]
-    groups = list(policy_answers(engine, codec(), config).sampled(inputs, 2))
+    groups = list(policy_answers(engine, codec(), config, say=print).sampled(inputs, 2))
     assert [[p.sample.id for p in group] for group in groups] == [[s.id] * 2 for s in inputs]
     assert [[p.label for p in group] for group in groups] == [["neutral", "surprise"]] * 3
     drawn = engine.sampling
@@ -91,5 +91,13 @@ def test_samples_are_drawn_as_the_settings_say_and_come_input_by_input():
     seeds = [request.seed for request in engine.requests]
     assert len(set(seeds)) == 3, "inputs must not share their draws"
     again = Drawing()
-    list(policy_answers(again, codec(), config).sampled(inputs[1:], 2))
+    list(policy_answers(again, codec(), config, say=print).sampled(inputs[1:], 2))
     assert [request.seed for request in again.requests] == seeds[1:], "a draw depends on its input alone"
+
+
+def test_a_long_scoring_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("selfemo_jax.evaluation.answers.TOLD_EVERY", 0.0)
+    engine, told = Drawing(), []
+    inputs = [sample(n, gold={"joy": 1.0}) for n in range(3)]
+    assert len(list(policy_answers(engine, codec(), settings(), say=told.append).greedy(inputs))) == 3
+    assert [words.split(",")[0] for words in told] == ["answers: 1 of 3", "answers: 2 of 3"]
