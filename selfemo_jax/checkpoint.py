@@ -166,7 +166,7 @@ class Found:
     config_file: Path
     """The settings it was trained with, where it lies in a run; else those of ``configs/evaluate.yaml``."""
     out: Path
-    """Where its scores go unless told otherwise."""
+    """Where its scores under its own settings go unless told otherwise."""
     tokenizer: str | None = None
     """Folder of the tokenizer where it is another than that of the weights."""
 

@@ -4,10 +4,15 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
 from selfemo_jax import evaluate, predict
+from selfemo_jax.checkpoint import find_checkpoint
+from selfemo_jax.config_io import read_config
+from selfemo_jax.evaluate import scores_folder
+from selfemo_jax.study.reading import read_predictions
 from tests import micro
 
 DIALOGUES = [
@@ -47,6 +52,37 @@ def test_evaluate_repeats_the_scores_of_the_run(run_dir, tmp_path, inside):
     assert micro.NOTE in found["note"]
     answers = [(folder / "dev_predictions.jsonl").read_bytes() for folder in (tmp_path, run_dir / "eval")]
     assert answers[0] == answers[1]
+
+
+def test_scores_under_other_settings_leave_those_of_the_run_in_place(run_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    kept = {path: path.read_bytes() for path in run.glob("eval/*")}
+    words = ["--checkpoint", str(run), "--split", "dev"]
+    assert evaluate.main([*words, "--output.max_labels=1", "--rollout.max_tokens", "24"]) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    other = run / "eval" / "output.max_labels=1,rollout.max_tokens=24"
+    assert {path.name for path in other.iterdir()} == {"dev.json", "dev_predictions.jsonl"}
+    assert str(other) in capsys.readouterr().out
+    assert read_predictions(other, split="dev", name="other").note == micro.NOTE
+    # What says where and how to run is no other setting.
+    assert evaluate.main([*words, "--mesh=1", "--note=mine"]) == 0
+    assert not [path for path in run.glob("eval/*") if path not in kept and path != other]
+    assert (run / "eval" / "dev_predictions.jsonl").read_bytes() == kept[
+        run / "eval" / "dev_predictions.jsonl"
+    ]
+    assert read_predictions(run, split="dev", name="run").sets
+
+
+def test_a_folder_of_scores_has_a_name_that_a_file_system_takes(run_dir):
+    found, config = find_checkpoint(run_dir), read_config(run_dir / "config.yaml")
+    assert scores_folder(found, config) == run_dir / "eval"
+    sets = [
+        replace(config, data=replace(config.data, sets=[f"/data/{'x' * size}"])) for size in (9, 200, 201)
+    ]
+    names = [scores_folder(found, one).relative_to(run_dir / "eval") for one in sets]
+    assert all(len(name.parts) == 1 and len(name.name) <= 100 for name in names)
+    assert len(set(names)) == 3
 
 
 def test_evaluate_refuses_what_is_not_there(run_dir, tmp_path, capsys):

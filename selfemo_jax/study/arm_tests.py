@@ -26,29 +26,13 @@ def with_tests(
     """The rows of the arms' table with ``mean ci``, ``difference ci`` and p-values beside their means, and a
     sentence that says what they are.
 
-    Where a run's predictions are missing the rows stay as they are and the sentence says which.
+    Where a run's predictions are missing, or the runs answered different inputs, the rows stay as they are
+    and the sentence says which.
     """
     try:
-        systems = {
-            arm: {
-                seed: read_predictions(folder, split=split, name=f"{arm}, seed {seed}")
-                for seed, folder in members.items()
-            }
-            for arm, members in runs.items()
-        }
+        tested = _tested(rows, runs, split=split, reference=reference)
     except ValueError as error:
         return [dict(row) for row in rows], f"no intervals: {error}"
-    base = systems.get(reference, {})
-    tested: list[dict[str, Any]] = []
-    for row in rows:
-        members = systems[row["arm"]]
-        counts = list(counts_by_set(list(members.values())).values())
-        found = estimate(counts, accuracy)
-        extra: dict[str, Any] = {"mean ci": [percent(found.low), percent(found.high)]}
-        shared = sorted(base.keys() & members.keys())
-        if row["arm"] != reference and shared:
-            extra |= _against([base[seed] for seed in shared], [members[seed] for seed in shared])
-        tested.append({**row, **extra})
     compared = [row for row in tested if "p_bootstrap" in row]
     for row, p in zip(compared, holm([row["p_bootstrap"] for row in compared]), strict=True):
         row["p_bootstrap_holm"] = p
@@ -60,6 +44,30 @@ def with_tests(
         "[ , ]: 95 % bootstrap over seeds and dialogues; p_bootstrap: paired, against the reference, then "
         "with Holm's correction over the arms; p_t: paired t-test over seeds"
     )
+
+
+def _tested(
+    rows: Sequence[Mapping[str, Any]], runs: Runs, *, split: str, reference: str
+) -> list[dict[str, Any]]:
+    systems = {
+        arm: {
+            seed: read_predictions(folder, split=split, name=f"{arm}, seed {seed}")
+            for seed, folder in members.items()
+        }
+        for arm, members in runs.items()
+    }
+    base = systems.get(reference, {})
+    tested: list[dict[str, Any]] = []
+    for row in rows:
+        members = systems[row["arm"]]
+        counts = list(counts_by_set(list(members.values())).values())
+        found = estimate(counts, accuracy)
+        extra: dict[str, Any] = {"mean ci": [percent(found.low), percent(found.high)]}
+        shared = sorted(base.keys() & members.keys())
+        if row["arm"] != reference and shared:
+            extra |= _against([base[seed] for seed in shared], [members[seed] for seed in shared])
+        tested.append({**row, **extra})
+    return tested
 
 
 def _others(row: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 from selfemo_jax.run_note import joined_notes, run_note
 
 Line = Mapping[str, Any]
+ROUNDING = 1e-5
+"""Of scores that were made in single precision; one answer of a split is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
     """The answers of a run (or folder, or file) to a split; ``label`` names the field with the predicted
     label, ``prediction`` (strict) or ``lenient``.
 
-    The label lists come from the scores beside them (``<split>.json``), else from the gold labels.
+    The label lists come from the scores beside them (``<split>.json``), else from the gold labels. ValueError
+    where a run's folder holds other predictions than its final scores were made of; a file that is named
+    itself is taken as it is.
     """
     path = predictions_file(source, split)
     sets: dict[str, dict[str, Line]] = {}
@@ -91,9 +95,11 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
         members = sets.setdefault(line["dataset"], {})
         if line["id"] in members:
             raise ValueError(f"{path}: record {number} answers {line['id']} a second time")
-        members[line["id"]] = {**line, "prediction": line[label]}
+        members[line["id"]] = {**line, "prediction": line[label], "strict": line.get("prediction")}
     if not sets:
         raise ValueError(f"{path} holds no prediction")
+    if source.is_dir():
+        _check_final(path, sets, split=split)
     scores: Mapping[str, Any] = {}
     beside = path.with_name(f"{split}.json")
     if beside.is_file():
@@ -108,3 +114,31 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
         labels[dataset] = listed if set(gold) <= set(listed) else tuple(gold)
     note = joined_notes([str(scores.get("note") or ""), run_note(path.parent)])
     return Predictions(name=name, note=note, labels=labels, sets=sets)
+
+
+def _check_final(path: Path, sets: Mapping[str, Mapping[str, Line]], *, split: str) -> None:
+    """ValueError where the run's final scores of the split are not those of these predictions."""
+    final, run_dir = path.with_name("final.json"), path.parent.parent
+    if not final.is_file():
+        return
+    try:
+        scored = json.loads(final.read_text(encoding="utf-8"))["splits"].get(split)
+        wanted = {name: one["accuracy"] for name, one in scored["sets"].items()} if scored else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{final}: not what a run writes at its end; it is damaged") from None
+    if wanted is None:
+        return
+    found = {
+        name: sum(line["strict"] == line["gold"] for line in lines.values()) / len(lines)
+        for name, lines in sets.items()
+    }
+    for name in sorted({*wanted, *found}):
+        here, there = found.get(name), wanted.get(name)
+        if here is None or there is None or abs(here - there) > ROUNDING:
+            words = ["none" if value is None else f"{100 * value:.2f} %" for value in (here, there)]
+            raise ValueError(
+                f"{path}: accuracy on {name} is {words[0]}, and {words[1]} in {final.name}: another "
+                "evaluation has written over what the run's final scores were made of. `python -m "
+                f"selfemo_jax.evaluate --checkpoint {run_dir} --split {split}` answers again under the run's "
+                "own settings; to compare these predictions name the file"
+            )

@@ -28,6 +28,7 @@ from selfemo_jax.study.same_settings import check_alike, check_made_by
 from selfemo_jax.study.significance import NUM_SAMPLES, SCORES, dialogue_counts, estimate, over_seeds, point
 
 FLAGS_FILE = "flags.json"
+SAME_INPUTS = "runs are taken together or in pairs where they have the same data and splits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,12 +170,18 @@ def seed_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any
 def counts_by_set(systems: Sequence[Predictions]) -> dict[str, list[Any]]:
     """Data set -> confusions by dialogue of each run; ValueError where runs answered different inputs."""
     counts = {}
-    for name, lines in sorted(systems[0].sets.items()):
+    first = systems[0]
+    for other in systems[1:]:
+        if other.sets.keys() != first.sets.keys():
+            here, there = (", ".join(sorted(system.sets)) for system in (first, other))
+            raise ValueError(
+                f"{other.name} answered inputs of {there}, {first.name} of {here}: {SAME_INPUTS}"
+            )
+    for name, lines in sorted(first.sets.items()):
         for other in systems[1:]:
-            if other.sets.get(name, {}).keys() != lines.keys():
+            if other.sets[name].keys() != lines.keys():
                 raise ValueError(
-                    f"{other.name} and {systems[0].name} answered different inputs of {name}: seeds of one "
-                    "another have the same data and splits"
+                    f"{other.name} and {first.name} answered different inputs of {name}: {SAME_INPUTS}"
                 )
         labels = tuple(dict.fromkeys(label for system in systems for label in system.labels[name]))
         counts[name] = [dialogue_counts(list(system.sets[name].values()), labels) for system in systems]

@@ -114,6 +114,29 @@ def test_damaged_predictions_are_named_by_file_and_line(tmp_path):
         read_predictions(folder, split="test", name="a")
 
 
+def test_predictions_that_are_not_those_of_the_final_scores_are_refused(tmp_path, capsys):
+    """An evaluation under other settings has written over them: they are no answers of the run as it is."""
+    runs = [evaluated(tmp_path / name, meld([RIGHT, WRONG])) for name in "ab"]
+    other = evaluated(tmp_path / "other", meld([RIGHT, RIGHT]))
+    written = runs[1] / "eval" / "test_predictions.jsonl"
+    written.write_text((other / "eval" / "test_predictions.jsonl").read_text())
+    said = fails(capsys, *runs)
+    assert str(written) in said and "100.00 %, and 50.00 % in final.json" in said
+    assert "another evaluation" in said
+    # Named itself, the file is what is asked for.
+    assert compared(tmp_path, runs[0], written)["scores"][1]["accuracy"] == 100.0
+    # A set less, and a set more.
+    more = [*meld([RIGHT, WRONG]), *predictions("emo", {"d0": [RIGHT]})]
+    written.write_text("".join(json.dumps(line) + "\n" for line in more))
+    assert "accuracy on emo is 100.00 %, and none in final.json" in fails(capsys, *runs)
+    # Of a split that the run did not score there are no final scores.
+    dev = [{**line, "id": line["id"].replace("test", "dev")} for line in meld([RIGHT])]
+    (runs[0] / "eval" / "dev_predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dev))
+    assert read_predictions(runs[0], split="dev", name="a").sets
+    (runs[0] / "eval" / "final.json").write_text("{}")
+    assert "it is damaged" in fails(capsys, *runs)
+
+
 def test_names_are_as_short_as_tells_runs_apart(tmp_path):
     assert short_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]

@@ -167,3 +167,18 @@ def test_arms_without_predictions_keep_their_rows_and_say_so(tmp_path):
     rows = [{"arm": "full", "mean": 50.0}]
     kept, words = with_tests(rows, {"full": {0: tmp_path}}, split="test", reference="full")
     assert kept == rows and "no intervals" in words and "test_predictions.jsonl" in words
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_arms_that_answered_other_sets_keep_their_rows_and_say_so(swapped, tmp_path):
+    """Neither is an interval over one set beside a mean of two, nor is the whole table lost."""
+    lines = [answers(5), [*answers(5), *predictions("emo", {"d0": [RIGHT]})]]
+    first, second = lines[::-1] if swapped else lines
+    runs = {"full": {0: evaluated(tmp_path / "full", first)}, "arm": {0: evaluated(tmp_path / "arm", second)}}
+    rows = [{"arm": arm, "mean": 50.0} for arm in runs]
+    kept, words = with_tests(rows, runs, split="test", reference="full")
+    assert kept == rows
+    assert "no intervals: arm, seed 0 answered inputs of" in words and "emo, meld" in words
+    seeds = {"full": {0: runs["full"][0], 1: runs["arm"][0]}}
+    kept, words = with_tests(rows[:1], seeds, split="test", reference="full")
+    assert kept == rows[:1] and "no intervals: full, seed 1" in words
