@@ -16,6 +16,7 @@ import numpy as np
 
 from selfemo_jax.algo.advantages import scaled_advantages, share_flat, share_r2_only
 from selfemo_jax.algo.consensus import (
+    collapse_entropy,
     consensus_reward,
     core_distribution,
     core_excludes_gold,
@@ -40,6 +41,9 @@ from selfemo_jax.data.prompts import Prompt
 from selfemo_jax.rollout.engine import Completion, Group
 
 Scorer = Callable[..., dict[str, jax.Array]]
+
+
+_collapse_entropy = jax.jit(collapse_entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,8 @@ def make_scorer(config: Config) -> Scorer:
             "r2": r2,
             "rewards": rewards,
             "advantages": advantages,
+            "distribution": distribution,
+            "named_gold": argmax_accuracy(pred, gold, valid),
             "reward/lambda": weight,
             "reward/r1_r2_correlation": reward_correlation(r1, r2, present),
             "group/zero_variance": share_flat(rewards, present),
@@ -198,9 +204,13 @@ def score_groups(
         similarity = similarity_array(config.reward.similarity, inventories, num_classes=num_classes)
     times = (np.float32(step), np.float32(total_steps))
     computed = jax.device_get(scorer(pred, gold, valid, present, mask, *times, similarity))
+    distribution, named_gold = computed.pop("distribution"), computed.pop("named_gold")
     arrays = {name: computed.pop(name) for name in ("r1", "r2", "rewards", "advantages")}
     metrics = {name: float(value) for name, value in computed.items()}
     metrics |= _summary(arrays, present, valid, answers, groups)
+    metrics |= _collapse(samples, distribution)
+    if (wrong := valid & present & (named_gold == 0)).any():
+        metrics["reward/r2_of_wrong"] = float(arrays["r2"][wrong].mean())
     return Scored(
         samples=tuple(samples),
         prompts=tuple(prompts),
@@ -235,6 +245,20 @@ def _summary(arrays, present, valid, answers, groups) -> dict[str, float]:
         "completion/tokens_max": float(max(lengths, default=0)),
         "completion/stopped": float(np.mean(stopped)) if stopped else 0.0,
     }
+
+
+def _collapse(samples: Sequence[Sample], distribution: np.ndarray) -> dict[str, float]:
+    """By data set the entropy in nats of what the groups of a step agree on ``[P, C]``; it falls to 0 where
+    all of them come to say one label. Sets without a valid answer are left out."""
+    metrics: dict[str, float] = {}
+    agreed = distribution.sum(axis=1) > 0
+    for name in sorted({sample.dataset for sample in samples}):
+        rows = agreed & np.array([sample.dataset == name for sample in samples])
+        if rows.any():
+            # Rows of zeros do not count, and a fixed shape is compiled once.
+            entropy = _collapse_entropy(np.where(rows[:, None], distribution, 0.0))
+            metrics[f"group/collapse_entropy/{name}"] = float(entropy)
+    return metrics
 
 
 def _by_origin(samples: Sequence[Sample], r1: np.ndarray, present: np.ndarray) -> dict[str, float]:

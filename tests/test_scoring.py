@@ -184,6 +184,29 @@ def test_malformed_answers_are_counted_by_code_and_earn_the_fail_value():
     assert found.metrics["answer/num_labels"] == 1.0
 
 
+def test_the_entropy_of_what_groups_agree_on_is_told_by_data_set():
+    samples, groups = two_lists()
+    samples.append(sample(1, gold={"joy": 1.0}))
+    found = scored(settings(), samples, [*groups, group("c", [text([("joy", 1.0)])] * 4)]).metrics
+    # Group a: joy (1 + .7) / 3, surprise (.3 + .6) / 3, neutral .4 / 3 over its valid answers; group c: joy.
+    # Both are of MELD and are averaged first.
+    meld = (np.array([1.7, 0.9, 0.4]) / 3 + [1.0, 0.0, 0.0]) / 2
+    assert found["group/collapse_entropy/meld"] == pytest.approx(-(meld * np.log(meld)).sum(), abs=1e-5)
+    # Group b names a label outside the list, whose weight is no part of what is agreed on: happy 2, sad 1.5.
+    iemocap = np.array([2.0, 1.5]) / 3.5
+    expected = -(iemocap * np.log(iemocap)).sum()
+    assert found["group/collapse_entropy/iemocap"] == pytest.approx(expected, abs=1e-5)
+    collapsed = scored(settings(), samples[2:], [group("c", [text([("joy", 1.0)])] * 4)]).metrics
+    assert collapsed["group/collapse_entropy/meld"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_consensus_reward_of_wrong_answers_is_told_where_there_are_any():
+    # Of the golden group the third answer is wrong; the malformed one says nothing.
+    assert golden().metrics["reward/r2_of_wrong"] == pytest.approx(R2[2], abs=1e-5)
+    right = scored(settings(), [sample(gold={"joy": 1.0})], [group("c", [text([("joy", 1.0)])] * 4)])
+    assert "reward/r2_of_wrong" not in right.metrics
+
+
 def test_metrics_are_split_by_data_set_by_origin_and_by_depth():
     samples, groups = two_lists()
     samples.append(synthetic(sample(1, gold={"fear": 1.0}), iteration=2, depth=2))

@@ -24,7 +24,8 @@ const CHARTS = [
     ["Reward and its parts", ["reward/total", "reward/r1", "reward/r2", "reward/lambda"]],
     ["r1 by data set", /^reward\/r1\/(?!original$|synthetic$)/],
     ["r1 by origin of the input", ["reward/r1/original", "reward/r1/synthetic"]],
-    ["Consensus inside the groups", ["group/zero_variance", "group/share_r2_only", "group/core_excludes_gold", "reward/r1_r2_correlation"]],
+    ["Entropy of what groups agree on, nats (0: all say one label)", /^group\/collapse_entropy\//],
+    ["Consensus inside the groups", ["reward/r2_of_wrong", "group/zero_variance", "group/share_r2_only", "group/core_excludes_gold", "reward/r1_r2_correlation"]],
   ]],
   ["Loss", [
     ["Loss of supervised phases (nll)", ["nll"]],
