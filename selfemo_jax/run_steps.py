@@ -1,8 +1,11 @@
 """What is measured and told of the steps of a run: seconds, tokens/s, compilations, traces, a forecast."""
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+
+import jax
 
 from selfemo_jax.compiles import CompileCounter
 from selfemo_jax.config import Config
@@ -51,7 +54,8 @@ class StepWatch:
         seconds = time.perf_counter() - self._began
         if folder := self._profiler.end(number, wait_for):
             self._log.say(f"profile of step {number} and before: {folder}")
-        return {"time/step": seconds, "perf/tokens_per_s": tokens / seconds} | self._compiles.take()
+        speed = {"time/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        return speed | peak_memory() | self._compiles.take()
 
     def forecast(self, phase: Phase, *, left: int, total: int, seconds: float) -> None:
         """Once a phase: how long the rest takes at most, and how long prompts and completions are."""
@@ -65,3 +69,13 @@ class StepWatch:
     def close(self) -> None:
         self._compiles.close()
         self._profiler.close()
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory in GiB that this process ever held, and the most of any of its devices, where they
+    tell it: a CPU does not."""
+    found = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if peaks := [peak for peak in told if peak is not None]:
+        found["memory/device_peak_gib"] = max(peaks) / 2**30
+    return found

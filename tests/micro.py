@@ -142,7 +142,11 @@ def metrics(run_dir: Path) -> list[dict]:
 def untimed(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl less what depends on the clock."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "perf/", "compile/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "perf/", "memory/", "compile/"))
+        }
         for line in metrics(run_dir)
     ]
 

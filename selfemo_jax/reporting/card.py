@@ -12,7 +12,7 @@ def card(
     """Titled lists of names and values.
 
     ``measured``: ``sampled`` tokens and the ``recorded`` steps they stand in, ``scoring`` seconds, ``best``
-    (of final.json), ``rollouts`` in all.
+    (of final.json), ``rollouts`` in all, ``memory`` peaks in GiB by name.
     """
     return [
         {"title": "Run", "entries": list(_run(config, env, measured))},
@@ -48,6 +48,9 @@ def _cost(times: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> It
     if measured.get("recorded"):
         yield "tokens sampled", f"{measured['sampled']:,} in {measured['recorded']:,} recorded steps"
     yield "rollouts recorded", f"{measured.get('rollouts', 0):,}"
+    memory = measured.get("memory") or {}
+    yield "peak memory of a device", gib(memory.get("memory/device_peak_gib"))
+    yield "peak memory of the process", gib(memory.get("memory/host_peak_gib"))
 
 
 def _machine(env: Mapping[str, Any]) -> Iterator[Entry]:
@@ -66,6 +69,11 @@ def _data(config: Mapping[str, Any], env: Mapping[str, Any]) -> Iterator[Entry]:
     yield "sets", ", ".join(map(str, (config.get("data") or {}).get("sets") or [])) or "unknown"
     for name, digest in (env.get("data") or {}).items():
         yield f"sha256 of {name}", str(digest)
+
+
+def gib(value: float | None) -> str:
+    """A peak in words; a CPU does not tell that of its devices."""
+    return "not told" if value is None else f"{value:.2f} GiB"
 
 
 def duration(seconds: float) -> str:

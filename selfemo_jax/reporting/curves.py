@@ -64,6 +64,16 @@ def phase_times(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return rows
 
 
+def peaks(lines: Sequence[Line]) -> dict[str, float]:
+    """The largest value of each ``memory/`` metric: a run that was resumed measures anew."""
+    found: dict[str, float] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("memory/") and isinstance(value, int | float):
+                found[name] = max(value, found.get(name, value))
+    return found
+
+
 def _with_zeros(line: Line, names: Sequence[str]) -> Line:
     """The line with the shares and counts that a step leaves out because they are zero."""
     zeros = {}

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from selfemo_jax.reporting.card import card, flat
-from selfemo_jax.reporting.curves import columns, phase_times, phases
+from selfemo_jax.reporting.curves import columns, peaks, phase_times, phases
 from selfemo_jax.reporting.dialogues import conversations
 from selfemo_jax.reporting.reading import Notices, read_json, read_lines
 from selfemo_jax.reporting.rollouts import choose_steps, sampled_tokens, step_files
@@ -68,7 +68,7 @@ def read_run(folder: Path, *, label: str, most_rollouts: int, most_dialogues: in
         "card": card(
             config, env, times,
             sampled=sampled, recorded=recorded, rollouts=num_rollouts, best=(final or {}).get("best"),
-            scoring=sum(result.get("seconds") or 0.0 for result in splits.values()),
+            memory=peaks(lines), scoring=sum(result.get("seconds") or 0.0 for result in splits.values()),
         ),
         "settings": dict(flat(config)),
         "phases": phases(lines),

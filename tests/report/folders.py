@@ -36,6 +36,7 @@ def write_run(
         line = {"step": step, "phase": "rl_1", "reward/r1": step / 10, "reward/r2": 0.5, "reward/total": 0.7}
         line |= {"entropy": 1.0, "kl": 0.01 * step, "parse/valid": 0.9, "time/step": 2.0, "time/rollout": 1.5}
         line |= {"batch/tokens": 20, "dev/wf1": 0.4, "reward/lambda": None}
+        line |= {"memory/host_peak_gib": 1.5, "memory/device_peak_gib": 2.0 if step == 3 else 1.0}
         line[f"reward/r1/{text or 'tiny'}"] = 0.5
         if step == 2:
             line["parse/E_PAIR"] = 0.5

@@ -57,6 +57,8 @@ def test_the_card_names_commit_hardware_data_tokens_and_time(tmp_path):
         "abc123",
         '"tokens trained on", "90"',
         '"wall time of steps", "12 s"',
+        '"peak memory of a device", "2.00 GiB"',
+        '"peak memory of the process", "1.50 GiB"',
     ):
         assert part in text
     assert runs.read_run(tmp_path, label="x", most_rollouts=1, most_dialogues=1).summary["settings"][

@@ -57,6 +57,7 @@ const CHARTS = [
     ["Tokens trained per second", ["perf/tokens_per_s"]],
     ["Seconds of a step by part", /^time\/(?!step$)/],
     ["Seconds of a step", ["time/step"]],
+    ["Peak memory so far, GiB", /^memory\//],
     ["Padding share and compilations", ["batch/padding_share", "compile/count"]],
   ]],
 ];
