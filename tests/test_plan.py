@@ -11,14 +11,16 @@ import pytest
 from selfemo_jax.config import Config, parse_mesh
 from selfemo_jax.config_io import config_folder, read_config
 from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.flops import forward_flops, group_work, separate_work, sequence_work
 from selfemo_jax.model.sharding import make_mesh, placements
 from selfemo_jax.plan import formulas
 from selfemo_jax.plan.compiled import abstract_batch, abstract_state, compile_step, local_bytes, planned_steps
-from selfemo_jax.plan.devices import GB, Efficiency, plan_device
-from selfemo_jax.plan.formulas import Workload
+from selfemo_jax.plan.devices import GIB, PLAN_DEVICES, Efficiency, plan_device
+from selfemo_jax.plan.figures import Workload
 from selfemo_jax.plan.hlo import collectives
-from selfemo_jax.plan.planning import make_plan
+from selfemo_jax.plan.planning import largest, make_plan
 from selfemo_jax.plan.shapes import planned_model, published_shape
+from selfemo_jax.settings.model import Freeze
 from selfemo_jax.train_step import born_sharded
 from tests.fabricated import settings
 from tools import plan as plan_tool
@@ -103,13 +105,13 @@ def test_a_server_has_what_its_weights_leave_of_its_share():
     model = published_shape("qwen3-4b")
     found = formulas.sidecar_cache(model, config, plan_device("h100"))
     assert found.weights == model.num_params
-    assert found.cache == 40 * GB - model.num_params
+    assert found.cache == 0.5 * 79.2 * GIB - model.num_params
     assert found.tokens == int(2 * found.cache / (144 * 1024))
 
 
 def test_the_search_finds_the_last_size_that_fits():
     for limit in (0, 7, 8, 100, 1024, 5000):
-        found = formulas.largest(lambda n, limit=limit: n <= limit, low=8, high=1024, multiple=8)
+        found = largest(lambda n, limit=limit: n <= limit, low=8, high=1024, multiple=8)
         assert found == (0 if limit < 8 else min(limit // 8 * 8, 1024))
 
 
@@ -146,6 +148,93 @@ def test_the_kernel_for_a_gpu_is_planned_without_one_and_keeps_no_scores(capsys)
     ]
     assert plan_tool.main(words) == 0
     assert "by formula alone" in capsys.readouterr().out
+
+
+def seconds_of(**changes) -> formulas.StepTime:
+    """Of a step of the 4B model on one H100; 400 tokens, 8 times 60, all products in one type."""
+    config = read_config(config_folder() / "qwen3_4b.yaml")
+    for section, values in changes.items():
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **values)}
+        )
+    work = Workload(prompt_tokens=400, completion_tokens=60)
+    model = published_shape("qwen3-4b")
+    return formulas.step_time(model, config, ONE, plan_device("h100"), work, Efficiency())
+
+
+def test_rows_that_repeat_their_prompt_take_as_much_longer_as_they_compute():
+    model, lengths = published_shape("qwen3-4b"), [60] * 8
+    works = {
+        "shared_prefix": group_work(400, lengths),
+        "packed": separate_work(400, lengths),
+        # A row of its own for each, filled up.
+        "separate": sum([sequence_work(512, num_head=60)] * 7, sequence_work(512, num_head=60)),
+    }
+    all_bfloat16 = {"logits_float32": False}
+    found = {
+        layout: seconds_of(rl={"layout": layout}, batch={"row_tokens": 512}, model=all_bfloat16)
+        for layout in works
+    }
+    shared = forward_flops(model, works["shared_prefix"])
+    for layout, work in works.items():
+        ratio = forward_flops(model, work) / shared
+        for part in ("update", "reference", "old_logprobs"):
+            assert getattr(found[layout], part) == pytest.approx(
+                ratio * getattr(found["shared_prefix"], part)
+            ), (layout, part)
+        # The sampler shares prompts whatever the rows of the update are.
+        assert found[layout].rollout_decode == found["shared_prefix"].rollout_decode
+    assert found["packed"].update > 3.5 * found["shared_prefix"].update
+
+
+def test_float32_products_take_twice_as_long_on_a_gpu_and_those_of_the_head_too():
+    all_bfloat16, wide_head = (seconds_of(model={"logits_float32": wide}).update for wide in (False, True))
+    assert seconds_of(model={"compute_dtype": "float32"}).update == pytest.approx(2 * all_bfloat16)
+    mixed = {"compute_dtype": "float32", "product_dtype": "bfloat16", "logits_float32": False}
+    assert seconds_of(model=mixed).update == pytest.approx(all_bfloat16)
+    model, work = published_shape("qwen3-4b"), group_work(400, [60] * 8)
+    head = 2 * model.vocab_size * model.embed_dim * work.num_head / forward_flops(model, work)
+    assert wide_head == pytest.approx((1 + head) * all_bfloat16)
+    cpu = plan_device("cpu")
+    assert cpu.flops_of("float32") == cpu.flops_of("bfloat16") == cpu.flops
+
+
+def test_frozen_blocks_have_no_backward_pass():
+    usual, frozen = seconds_of(), seconds_of(model={"freeze": Freeze(layers=18)})
+    assert frozen.reference == usual.reference and frozen.optimizer < 0.6 * usual.optimizer
+    # Of 36 blocks half go forward only, of 4 passes with remat full: 1 + 3 / 2 of 4, but for the head.
+    assert 2.5 / 4 * usual.update < frozen.update < 0.75 * usual.update
+
+
+def test_what_a_run_may_fill_is_the_share_that_jax_is_told_to_take(tmp_path, monkeypatch, capsys):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert plan_device("h100").usable == pytest.approx(0.92 * 79.2 * GIB)
+    # Card memory counts in GiB: below the number of the name where that is so many GB, never above it in GiB.
+    sizes = {name: device.memory / GIB for name, device in PLAN_DEVICES.items()}
+    assert sizes == {"h200": 139.8, "h100": 79.2, "h100-pcie": 79.2, "a100": 79.2, "l40s": 44.4, "l4": 22.0}
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".75")
+    assert plan_device("h100").usable == pytest.approx(0.75 * 79.2 * GIB)
+    words = ["--config", str(config_folder() / "tiny.yaml"), "--device", "h100", "--no_compile"]
+    written = tmp_path / "made" / "plan.json"
+    assert plan_tool.main([*words, "--json", str(written)]) == 0
+    assert json.loads(written.read_text())["fits"]
+    assert "75% of all, as XLA_CLIENT_MEM_FRACTION says" in capsys.readouterr().out
+
+
+def test_wide_passes_for_logprobs_are_part_of_the_peak():
+    wide = {"row_tokens": 256, "micro_rows": 2, "logprobs_at_once": 8}
+    config = settings(batch=wide, model={"remat": "full", "attention": "dense"}, loss={"kl_coef": 0.1})
+    step = compile_step(SMALL, config, make_mesh(ONE))
+    logprobs, update = step.program("logprobs"), step.program("update")
+    # Five of the batch's arrays are read, four bytes a position, eight micro-batches.
+    assert logprobs.arguments - step.parameters == 5 * 4 * (8 * 2 * 256)
+    # The wide pass is the worst moment: beside it lie the moments, and in an update the accumulator too.
+    assert step.peak() == logprobs.total + step.optimizer > 1.2 * (update.total + step.optimizer)
+    found = formulas.memory(SMALL, config, ONE)
+    assert found.logprobs == pytest.approx(logprobs.total - step.parameters, rel=0.2)
+    narrow = dataclasses.replace(config, batch=dataclasses.replace(config.batch, logprobs_at_once=1))
+    assert found.total > 1.2 * formulas.memory(SMALL, narrow, ONE).total
 
 
 def test_old_logprobs_cost_time_wherever_the_loss_needs_them():
@@ -201,10 +290,18 @@ def test_a_device_or_model_that_is_not_known_names_the_nearest(tmp_path):
     assert found.num_layers == 28 and where.endswith("config.json")
 
 
-@pytest.fixture(scope="module", params=["8", "fsdp=2,tp=2"])
+MESHES = {
+    "8": {},
+    "fsdp=2,tp=2": {},
+    "fsdp=2": {"freeze": {"embeddings": True, "layers": 1}},
+}
+
+
+@pytest.fixture(scope="module", params=list(MESHES))
 def compiled(request):
     """A small step as it is compiled, and what it is compiled from."""
-    config = settings(mesh=request.param, batch={"row_tokens": 256, "micro_rows": 8})
+    mesh = request.param
+    config = settings(mesh=mesh, batch={"row_tokens": 256, "micro_rows": 8}, model=MESHES[mesh])
     mesh = make_mesh(parse_mesh(config.mesh))
     return config, mesh, compile_step(SMALL, config, mesh)
 
@@ -241,10 +338,11 @@ def test_the_formulas_are_near_the_compiled_step(compiled):
     plan = make_plan(SMALL, config, plan_device("cpu", num_devices=8), compiled=step)
     memory = plan.memory
     assert memory.parameters == step.parameters
-    assert memory.optimizer == pytest.approx(step.optimizer, rel=1e-3)
-    assert memory.accumulator == pytest.approx(step.accumulator, rel=1e-2)
+    # Beside both moments lies their count, beside the gradients the metrics' sums.
+    assert memory.optimizer == step.optimizer - 4
+    assert memory.accumulator == pytest.approx(step.accumulator, abs=256)
     assert memory.batch == step.batch
-    assert plan.formula_error is not None and abs(plan.formula_error) < 0.35
+    assert plan.formula_error is not None and abs(plan.formula_error) < 0.16
 
 
 def test_weights_that_are_split_are_gathered(compiled):

@@ -23,7 +23,7 @@ from selfemo_jax.devices import prepare
 from selfemo_jax.parts import VOCAB_MULTIPLE, bundled_tokenizer
 from selfemo_jax.plan.compiled import CompiledStep, compile_step
 from selfemo_jax.plan.devices import Efficiency, plan_device
-from selfemo_jax.plan.formulas import Workload
+from selfemo_jax.plan.figures import Workload
 from selfemo_jax.plan.planning import make_plan
 from selfemo_jax.plan.shapes import planned_model
 from selfemo_jax.plan.show import compile_words, show

@@ -74,10 +74,16 @@ class CompiledStep:
 
 
 def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep:
-    """Compile the update, the optimizer and the log-probs under the settings for ``mesh``."""
+    """Compile the update, the optimizer and the log-probs under the settings for ``mesh``.
+
+    The output head is at every position, as in the run's widest batches (`data.batching.target_width`); where
+    no row has so many targets a run compiles smaller programs.
+    """
     steps = planned_steps(model, config, mesh)
     params, state = abstract_state(steps, model, config)
-    batch = abstract_batch(mesh, rows=config.batch.micro_rows, tokens=config.batch.row_tokens)
+    sizes = config.batch
+    batch = abstract_batch(mesh, rows=sizes.micro_rows, tokens=sizes.row_tokens)
+    wide = abstract_batch(mesh, rows=sizes.micro_rows * sizes.logprobs_at_once, tokens=sizes.row_tokens)
     empty: Any = steps.zeros["rl"]
     accumulator = _with_shardings(jax.eval_shape(empty), empty.lower().compile().output_shardings)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
@@ -86,7 +92,7 @@ def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep
         _compiled("optimizer", steps.apply, state, accumulator, rate),
     ]
     if config.loss.kl_coef or not _on_policy(config):
-        programs.append(_compiled("logprobs", steps.logprobs, params, batch))
+        programs.append(_compiled("logprobs", steps.logprobs, params, wide))
     device = mesh.devices.flat[0]
     return CompiledStep(
         backend=device.platform,
@@ -121,9 +127,9 @@ def abstract_state(steps: Steps, model: ModelConfig, config: Config) -> tuple[An
     places = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
     def placed(path, leaf):
-        # A moment lies where its weight does: its path ends in the weight's.
+        # A moment lies where its weight does: its path ends in the weight's; frozen blocks have none.
         name = _path(path)
-        own = next((at for at in places if name.endswith("/" + at) and places[at].shape == leaf.shape), None)
+        own = next((at for at in places if name.endswith("/" + at) and places[at].ndim == leaf.ndim), None)
         return _struct(leaf, places[own].sharding if own else whole)
 
     return params, jax.tree.map_with_path(placed, state)

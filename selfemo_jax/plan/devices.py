@@ -6,12 +6,12 @@ said to be so wherever they are printed; measure them with `tools/bench_throughp
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from selfemo_jax.accelerators import memory_share
 from selfemo_jax.model.flops import DEVICES
 
 GIB = 2**30
-GB = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class PlanDevice:
 
     name: str
     memory: float
-    """Bytes."""
+    """Bytes, as CUDA counts them: a little less than `nvidia-smi` shows, and not the number of the name."""
     flops: float
     """Dense bfloat16 FLOP/s (float32 for the CPU)."""
     bandwidth: float
@@ -28,13 +28,21 @@ class PlanDevice:
     link: float
     """Bytes/s to the other devices of a host, one way."""
     source: str
-    reserve: float = 0.06
-    """Share of the memory that the driver, the CUDA context, NCCL and fragmentation take; a guess."""
+    share: float = 0.94
+    """Of the memory, that a run may fill: what JAX is told to take of a GPU (`accelerators.MEMORY_SHARE`, or
+    the variable of the environment); of a CPU what the system leaves, a guess."""
+    float32_share: float = 0.5
+    """Of the rate, that float32 products reach: half of it in TF32, which XLA takes for them on these GPUs
+    unless asked for more."""
 
     @property
     def usable(self) -> float:
         """Bytes that a run may fill."""
-        return self.memory * (1 - self.reserve)
+        return self.memory * self.share
+
+    def flops_of(self, dtype: str) -> float:
+        """FLOP/s of products in a type."""
+        return self.flops * (self.float32_share if dtype == "float32" else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +59,21 @@ class Efficiency:
     """Of the link, in collectives."""
 
 
-def _device(name: str, memory: float, link: float, source: str) -> PlanDevice:
+def _device(name: str, memory_gib: float, link: float, source: str) -> PlanDevice:
     peak = DEVICES[name]
     return PlanDevice(
-        name=name, memory=memory, flops=peak.flops, bandwidth=peak.bandwidth, link=link, source=source
-    )
+        name=name, memory=memory_gib * GIB, flops=peak.flops, bandwidth=peak.bandwidth, link=link,
+        source=source,
+    )  # fmt: skip
 
 
 PLAN_DEVICES: dict[str, PlanDevice] = {
-    "h200": _device("H200", 141 * GB, 450e9, "NVIDIA H200 data sheet: SXM, 141 GB, NVLink 900 GB/s"),
-    "h100": _device("H100", 80 * GB, 450e9, "NVIDIA H100 data sheet: SXM, 80 GB, NVLink 900 GB/s"),
-    "h100-pcie": _device("H100 PCIe", 80 * GB, 64e9, "NVIDIA H100 data sheet: PCIe 5, 128 GB/s"),
-    "a100": _device("A100", 80 * GB, 300e9, "NVIDIA A100 data sheet: 80 GB, NVLink 600 GB/s both ways"),
-    "l40s": _device("L40S", 48 * GB, 32e9, "NVIDIA L40S data sheet: PCIe 4, 64 GB/s both ways"),
-    "l4": _device("L4", 24 * GB, 32e9, "NVIDIA L4 data sheet: PCIe 4, 64 GB/s both ways"),
+    "h200": _device("H200", 139.8, 450e9, "NVIDIA H200 data sheet: SXM, 141 GB, NVLink 900 GB/s"),
+    "h100": _device("H100", 79.2, 450e9, "NVIDIA H100 data sheet: SXM, 80 GB, NVLink 900 GB/s"),
+    "h100-pcie": _device("H100 PCIe", 79.2, 64e9, "NVIDIA H100 data sheet: PCIe 5, 128 GB/s"),
+    "a100": _device("A100", 79.2, 300e9, "NVIDIA A100 data sheet: 80 GB, NVLink 600 GB/s both ways"),
+    "l40s": _device("L40S", 44.4, 32e9, "NVIDIA L40S data sheet: PCIe 4, 64 GB/s both ways"),
+    "l4": _device("L4", 22.0, 32e9, "NVIDIA L4 data sheet: PCIe 4, 64 GB/s both ways"),
 }  # fmt: skip
 """By the name that ``--device`` takes."""
 
@@ -80,6 +89,7 @@ def plan_device(name: str, *, num_devices: int = 1) -> PlanDevice:
             flops=60e9 * cores / num_devices,
             bandwidth=20e9 / num_devices,
             link=5e9 / num_devices,
+            float32_share=1.0,
             source=f"this machine, {cores} cores over {num_devices} devices; 60 GFLOP/s a core is a guess",
         )
     if name.lower() not in PLAN_DEVICES:
@@ -87,4 +97,4 @@ def plan_device(name: str, *, num_devices: int = 1) -> PlanDevice:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"--device {name}: not in the table; {hint}")
-    return PLAN_DEVICES[name.lower()]
+    return replace(PLAN_DEVICES[name.lower()], share=memory_share())

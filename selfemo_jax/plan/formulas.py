@@ -6,101 +6,64 @@ are from the compiled step where there is one. Shape letters: B rows, T tokens, 
 N query heads, K key-value heads, H head size, L layers; n tokens on one device, c bytes of the compute type.
 """
 
+import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
+import jax
 
 from selfemo_jax.config import Config
 from selfemo_jax.model.attention import MAX_BLOCKS, MIN_BLOCK, choose_backend
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import abstract_params
-from selfemo_jax.model.flops import Work, block_weights, decode_bytes, forward_flops, group_work
+from selfemo_jax.model.flops import (
+    Work,
+    block_weights,
+    decode_bytes,
+    forward_flops,
+    group_work,
+    separate_work,
+    sequence_work,
+)
+from selfemo_jax.model.freeze import split, split_spec
 from selfemo_jax.model.sharding import partition_spec
 from selfemo_jax.plan.devices import Efficiency, PlanDevice
+from selfemo_jax.plan.figures import Memory, SidecarCache, StepTime, Workload
+from selfemo_jax.settings.model import Freeze
 
+NOTHING = Freeze()
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCH_BYTES = 44
 """Of a position of a `PackedBatch`: eleven arrays of four bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What a step is expected to hold; lengths are assumptions until a run has shown them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one device while the update runs."""
-
-    parameters: float
-    optimizer: float
-    gradients: float
-    """The accumulator, and the gradient of one micro-batch beside it."""
-    reference: float
-    batch: float
-    activations: float
-    """What the forward pass keeps of all blocks for the backward pass."""
-    block: float
-    """One block at work in the backward pass, its attention scores included."""
-    logits: float
-    """The output head at work; over before the backward pass reaches the blocks."""
-    gathered: float
-    """Weights of one block, and of the tables, whole and in the compute type."""
-    engine: float
-    """The sampler's copy of the weights on the same device; its cache is freed before the update."""
-
-    @property
-    def resident(self) -> float:
-        """What lives through the whole step."""
-        return self.parameters + self.optimizer + self.reference + self.engine + self.accumulator
-
-    @property
-    def accumulator(self) -> float:
-        """The sum of the micro-batches' gradients."""
-        return self.gradients / 2
-
-    @property
-    def temporaries(self) -> float:
-        """What only the update of a micro-batch needs."""
-        return self.accumulator + self.activations + max(self.block, self.logits) + self.gathered
-
-    @property
-    def total(self) -> float:
-        """The peak."""
-        return self.resident + self.batch + self.temporaries
-
-
-def param_bytes(model: ModelConfig, axes: Mapping[str, int], *, itemsize: int) -> float:
-    """Bytes of the weights that one device holds, leaf by leaf as the sharding table places them."""
+def param_bytes(
+    model: ModelConfig, axes: Mapping[str, int], *, itemsize: int, freeze: Freeze = NOTHING
+) -> float:
+    """Bytes of the weights that one device holds, leaf by leaf as the sharding table places them; with
+    ``freeze`` of those that are trained."""
     shapes, names = abstract_params(model)
-    flat = _flat(shapes), _flat(names)
-    total = 0.0
-    for path, leaf in flat[0].items():
-        spec = partition_spec(leaf.shape, flat[1][path], axes)
-        ways = 1
-        for entry in spec:
-            for axis in (entry,) if isinstance(entry, str) else (entry or ()):
-                ways *= axes[axis]
-        total += int(np.prod(leaf.shape)) * itemsize / ways
-    return total
+    specs = jax.tree.map(lambda leaf, name: partition_spec(leaf.shape, name, axes), shapes, names)
+    cut = functools.partial(split, embeddings=freeze.embeddings, layers=freeze.layers)
+    trained, _ = jax.eval_shape(cut, shapes)
+
+    def held(leaf: jax.ShapeDtypeStruct, spec: jax.sharding.PartitionSpec) -> float:
+        entries = ((entry,) if isinstance(entry, str) else (entry or ()) for entry in spec)
+        return leaf.size * itemsize / math.prod(axes[axis] for entry in entries for axis in entry)
+
+    return sum(jax.tree.leaves(jax.tree.map(held, trained, split_spec(specs, embeddings=freeze.embeddings))))
 
 
 def memory(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> Memory:
-    """The update of one micro-batch under the settings."""
+    """The update of one micro-batch under the settings, and the passes for log-probs before it."""
     section, batch = config.model, config.batch
-    stored, c = ITEMSIZE[section.param_dtype], ITEMSIZE[section.compute_dtype]
-    parameters = param_bytes(model, axes, itemsize=stored)
-    trained = parameters / stored
+    c = ITEMSIZE[section.compute_dtype]
+    parameters = param_bytes(model, axes, itemsize=ITEMSIZE[section.param_dtype])
+    trained = trained_weights(model, config, axes)
     if config.lora.rank:
-        trained = adapter_weights(model, config)
-        parameters = param_bytes(
-            model, axes, itemsize=ITEMSIZE[config.lora.base_dtype or section.param_dtype]
-        )
-        parameters += 4 * trained
+        base = ITEMSIZE[config.lora.base_dtype or section.param_dtype]
+        parameters = param_bytes(model, axes, itemsize=base) + 4 * trained
     rows = batch.micro_rows / (axes["data"] * axes["fsdp"])
     # With adapters the frozen base is its own reference.
     kept = bool(config.loss.kl_coef) and not config.lora.rank
@@ -114,8 +77,16 @@ def memory(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> Memor
         block=block_bytes(model, config, axes, rows=rows),
         logits=logits_bytes(model, config, axes, rows=rows),
         gathered=gathered_bytes(model, config, axes, c=c),
+        logprobs=logprobs_bytes(model, config, axes, rows=rows * batch.logprobs_at_once),
         engine=engine_weights(model, config, axes) if config.rollout.engine == "jax" else 0.0,
     )
+
+
+def trained_weights(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> float:
+    """Weights with a gradient and moments, of those that one device holds."""
+    if config.lora.rank:
+        return adapter_weights(model, config)
+    return param_bytes(model, axes, itemsize=1, freeze=config.model.freeze)
 
 
 def adapter_weights(model: ModelConfig, config: Config) -> int:
@@ -137,7 +108,7 @@ def block_width(model: ModelConfig, tp: int) -> float:
 
 
 def activation_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
-    """What `model.remat` lets the forward pass keep of all blocks."""
+    """What `model.remat` lets the forward pass keep of all blocks; nothing goes back through frozen ones."""
     c, tp = ITEMSIZE[config.model.compute_dtype], axes["tp"]
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     kept = {
@@ -148,7 +119,8 @@ def activation_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int]
         "attention": model.embed_dim + model.num_heads * (model.head_dim + 4 / c) / tp,
         "full": float(model.embed_dim),
     }[config.model.remat]
-    return model.num_layers * rows * config.batch.row_tokens * kept * c
+    num_layers = model.num_layers - config.model.freeze.layers
+    return num_layers * rows * config.batch.row_tokens * kept * c
 
 
 def block_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
@@ -159,38 +131,59 @@ def block_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, 
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     again = 0.0 if config.model.remat == "none" else n * block_width(model, tp) * c
     gradients = n * (2 * model.embed_dim + (heads + 2 * model.mlp_dim) / tp) * c
-    queries = tokens
+    # Scores, weights and the gradient of one of them, float32.
+    return again + gradients + 3 * scores_bytes(model, config, axes, rows=rows)
+
+
+def scores_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
+    """Float32 scores of one block of queries."""
+    tokens = queries = config.batch.row_tokens
     # The kernel keeps its scores on the chip; no GPU is needed here to plan for it.
     if config.model.attention == "pallas":
         queries = 0
     elif choose_backend(config.model.attention, tokens) == "blocked":
         queries = max(MIN_BLOCK, -(-tokens // MAX_BLOCKS))
-    # Scores, weights and the gradient of one of them, float32.
-    scores = 3 * 4 * rows * (model.num_heads / tp) * queries * tokens
-    return again + gradients + scores
+    return 4 * rows * (model.num_heads / axes["tp"]) * queries * tokens
 
 
 def logits_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
-    """Logits, probabilities and gradient of one chunk of the output head, and the hidden states' gradient."""
+    """Logits, probabilities and gradient of the output head, or of a chunk, which computes them again, two of
+    the three; and the hidden states' gradient."""
     n = rows * config.batch.row_tokens
     whole = 4 * n * model.vocab_size
     # A chunk has the same number of columns in every row, so it can end a little below the budget.
-    chunk = min(whole, config.model.logits_budget_mib * 2**20)
-    return 3 * chunk / axes["tp"] + 3 * 4 * n * model.embed_dim
+    budget = config.model.logits_budget_mib * 2**20
+    held = 3 * whole if whole <= budget else 2 * budget
+    return held / axes["tp"] + 3 * 4 * n * model.embed_dim
 
 
-def gathered_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, c: int) -> float:
+def logprobs_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int], *, rows: float) -> float:
+    """A forward pass that keeps nothing: its batch, the residual stream, one block at work, then the head."""
+    c, tp = ITEMSIZE[config.model.compute_dtype], axes["tp"]
+    n = rows * config.batch.row_tokens
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    stream = n * model.embed_dim * c
+    attended = n * 2 * heads / tp * c + 2 * scores_bytes(model, config, axes, rows=rows)
+    block = max(attended, n * 2 * model.mlp_dim / tp * c)
+    chunk = min(4 * n * model.vocab_size, config.model.logits_budget_mib * 2**20)
+    gathered = gathered_bytes(model, config, axes, c=c, backward=False)
+    return BATCH_BYTES * n + stream + max(block, chunk / tp) + gathered
+
+
+def gathered_bytes(
+    model: ModelConfig, config: Config, axes: Mapping[str, int], *, c: int, backward: bool = True
+) -> float:
     """One block's weights (the next one's too, while this one computes) and both tables, with the tables'
-    gradient before it is added up over the devices."""
-    split = axes["fsdp"] > 1
+    gradient before it is added up over the devices; forward alone one table at a time."""
+    is_split = axes["fsdp"] > 1
     block = block_weights(model) / model.num_layers / axes["tp"]
     table = model.vocab_size * model.embed_dim / axes["tp"]
     head = 4 if config.model.logits_float32 else c
     stored = ITEMSIZE[config.model.param_dtype]
-    copies = 0.0 if not split and c == stored else block * c * (2 if split else 1)
-    tables = table * (c + head) if split or c != stored else 0.0
-    gradient = 0.0 if config.lora.rank or config.model.freeze.embeddings else 4.0 * table
-    return copies + tables + gradient
+    copies = 0.0 if not is_split and c == stored else block * c * (2 if is_split else 1)
+    tables = table * (c + head if backward else max(c, head)) if is_split or c != stored else 0.0
+    back = backward and not config.lora.rank and not config.model.freeze.embeddings
+    return copies + tables + (4.0 * table if back else 0.0)
 
 
 def engine_weights(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> float:
@@ -214,16 +207,6 @@ def engine_cache(model: ModelConfig, config: Config, axes: Mapping[str, int]) ->
     return tokens * cache_per_token(model, itemsize=ITEMSIZE[config.model.compute_dtype]) / axes["tp"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SidecarCache:
-    """What a vLLM server has for keys and values on one of its devices."""
-
-    weights: float
-    cache: float
-    tokens: int
-    """That fit into the cache of one server."""
-
-
 def sidecar_cache(model: ModelConfig, config: Config, device: PlanDevice) -> SidecarCache:
     """A server's share of its device, less its bfloat16 weights."""
     sidecar = config.rollout.sidecar
@@ -241,39 +224,22 @@ def collective_bytes(model: ModelConfig, config: Config, axes: Mapping[str, int]
     c = ITEMSIZE[config.model.compute_dtype]
     rows = config.batch.micro_rows / (axes["data"] * fsdp)
     blocks, table = block_weights(model) / tp, model.vocab_size * model.embed_dim / tp
-    passes = 2 if config.model.remat == "none" else 3
+    again = 1 if config.model.remat == "none" else 2
     head = 4 if config.model.logits_float32 else c
+    share, freeze = _trained_share(model, config), config.model.freeze
+    passes = 1 + share * again
     found = {"all-gather": (fsdp - 1) / fsdp * (passes * blocks * c + table * (c + 2 * head))}
-    trained = 0.0 if config.lora.rank else 4.0 * (blocks + table)
+    learning = share * blocks + (0.0 if freeze.embeddings else table)
+    trained = 0.0 if config.lora.rank else 4.0 * learning
     found["reduce-scatter"] = (fsdp - 1) / fsdp * trained
     if axes["data"] > 1:
         found["all-reduce over data"] = 2 * (axes["data"] - 1) / axes["data"] * trained / fsdp
     if tp > 1:
         # Two sums a block forward and two backward, once more where the block is computed again.
-        sums = 2 * (passes) * model.num_layers + 2
+        sums = 2 * passes * model.num_layers + 2
         size = rows * config.batch.row_tokens * model.embed_dim * c
         found["all-reduce over tp"] = 2 * (tp - 1) / tp * sums * size
     return {name: value for name, value in found.items() if value}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of one step of SELF-GRPO by part."""
-
-    rollout_prefill: float
-    rollout_decode: float
-    refresh: float
-    old_logprobs: float
-    reference: float
-    update: float
-    collectives: float
-    """Of the update, what its arithmetic does not hide."""
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        """The parts one after another."""
-        return sum(vars(self).values())
 
 
 def step_time(
@@ -286,34 +252,69 @@ def step_time(
 ) -> StepTime:
     """One step: P groups of G rollouts sampled, scored and learned from."""
     devices = axes["data"] * axes["fsdp"] * axes["tp"]
-    groups, size = config.rl.prompts_per_step, config.rl.group_size
-    lengths = [work.completion_tokens] * size
-    one = group_work(work.prompt_tokens, lengths)
-    forward = groups * forward_flops(model, one) / devices
-    # Flops of the update: forward, twice that backward, and again what was not kept.
+    groups = config.rl.prompts_per_step
+    one = learned_work(config, work)
+    seconds = functools.partial(_forward_seconds, model, config, device)
+    # Forward, twice that backward, and again what was not kept; nothing goes back through frozen blocks.
     repeated = {"full": one, "attention": replace(one, num_pairs=0)}.get(config.model.remat, Work())
-    again = groups * forward_flops(model, repeated) / devices
-    update = (3 * forward + again) * config.rl.updates_per_batch / (device.flops * efficiency.train)
-    scored = forward / (device.flops * efficiency.forward)
+    share = _trained_share(model, config)
+    passes = seconds(one) + 2 * seconds(one, share=share) + seconds(repeated, share=share)
+    update = groups * passes * config.rl.updates_per_batch / (devices * efficiency.train)
+    scored = groups * seconds(one) / (devices * efficiency.forward)
     updates = groups // config.rl.mini_prompts * config.rl.updates_per_batch
     on_policy = updates == 1 and config.loss.importance == "off" and config.loss.importance_band is None
-    positions = groups * (work.prompt_tokens - 1 + size * work.completion_tokens)
-    micro = max(1.0, positions / (config.batch.micro_rows * config.batch.row_tokens))
+    micro = max(1.0, groups * one.num_tokens / (config.batch.micro_rows * config.batch.row_tokens))
     moved = sum(collective_bytes(model, config, axes).values()) * micro * config.rl.updates_per_batch
     on_wire = moved / (device.link * efficiency.link)
-    weights = param_bytes(model, axes, itemsize=4)
-    prefill = groups * forward_flops(model, group_work(work.prompt_tokens, [1])) / devices
+    prefill = forward_flops(model, group_work(work.prompt_tokens, [1]))
     return StepTime(
-        rollout_prefill=prefill / (device.flops * efficiency.forward),
+        rollout_prefill=groups
+        * prefill
+        / (devices * device.flops_of(_sampled_in(config)) * efficiency.forward),
         rollout_decode=_decode_time(model, config, axes, device, work, efficiency),
         refresh=refresh_time(model, config),
         old_logprobs=0.0 if on_policy else scored,
         reference=scored if config.loss.kl_coef else 0.0,
         update=update,
         collectives=max(0.0, on_wire - update),
-        # Weights, both moments and the gradient read, the first three written.
-        optimizer=updates * 7 * weights / (device.bandwidth * efficiency.decode),
+        # Weights, both moments and the gradient read, the first three written, float32.
+        optimizer=updates
+        * 28
+        * trained_weights(model, config, axes)
+        / (device.bandwidth * efficiency.decode),
     )
+
+
+def learned_work(config: Config, work: Workload) -> Work:
+    """What the update of one group computes in its layout; separate rows are as long as all rows are."""
+    lengths = [work.completion_tokens] * config.rl.group_size
+    if config.rl.layout == "shared_prefix":
+        return group_work(work.prompt_tokens, lengths)
+    if config.rl.layout == "packed":
+        return separate_work(work.prompt_tokens, lengths)
+    row = sequence_work(config.batch.row_tokens, num_head=work.completion_tokens)
+    return sum([row] * config.rl.group_size, Work())
+
+
+def _forward_seconds(
+    model: ModelConfig, config: Config, device: PlanDevice, work: Work, *, share: float = 1.0
+) -> float:
+    """Of one device at its peak, with ``share`` of the blocks: theirs and the head's products may be of
+    different types."""
+    inside = config.model.product_dtype or config.model.compute_dtype
+    at_head = "float32" if config.model.logits_float32 else inside
+    blocks = share * forward_flops(model, replace(work, num_head=0)) / device.flops_of(inside)
+    return blocks + forward_flops(model, Work(num_head=work.num_head)) / device.flops_of(at_head)
+
+
+def _trained_share(model: ModelConfig, config: Config) -> float:
+    """Of the blocks, those with a backward pass."""
+    return 1.0 - config.model.freeze.layers / model.num_layers
+
+
+def _sampled_in(config: Config) -> str:
+    """The type of the sampler's weights and cache."""
+    return config.model.compute_dtype if config.rollout.engine == "jax" else "bfloat16"
 
 
 def _decode_time(model, config, axes, device, work, efficiency) -> float:
@@ -321,17 +322,17 @@ def _decode_time(model, config, axes, device, work, efficiency) -> float:
     engines = (
         axes["data"] * axes["fsdp"] if config.rollout.engine == "jax" else config.rollout.sidecar.replicas
     )
-    size = config.rl.group_size
+    size, dtype = config.rl.group_size, _sampled_in(config)
     rows = config.rl.prompts_per_step * size / engines
     at_once = min(rows, config.rollout.max_rows / (engines if config.rollout.engine == "jax" else 1))
     rounds = max(1.0, rows / max(at_once, 1.0))
     prompts = [work.prompt_tokens] * max(1, round(at_once / size))
     read = decode_bytes(
-        model, prompts=prompts, group_size=size, sampled=work.completion_tokens / 2, itemsize=2
+        model, prompts=prompts, group_size=size, sampled=work.completion_tokens / 2, itemsize=ITEMSIZE[dtype]
     )
     memory_bound = read / tp / (device.bandwidth * efficiency.decode)
     one = forward_flops(model, group_work(2, [1]))
-    compute_bound = at_once * one / tp / (device.flops * efficiency.forward)
+    compute_bound = at_once * one / tp / (device.flops_of(dtype) * efficiency.forward)
     return rounds * work.completion_tokens * max(memory_bound, compute_bound)
 
 
@@ -344,28 +345,3 @@ def refresh_time(model: ModelConfig, config: Config) -> float:
     if (config.rollout.sidecar.weights_root or "").startswith("/dev/shm"):
         return size / 10e9 * 2
     return size / 3e9 + size / 6e9
-
-
-def largest(fits, *, low: int, high: int, multiple: int) -> int:
-    """The largest multiple in ``low`` to ``high`` that fits, 0 where not even ``low`` does; ``fits`` must
-    not hold again once it failed."""
-    first, last = -(-low // multiple), high // multiple
-    if not fits(first * multiple):
-        return 0
-    while first < last:
-        middle = (first + last + 1) // 2
-        if fits(middle * multiple):
-            first = middle
-        else:
-            last = middle - 1
-    return first * multiple
-
-
-def _flat(tree, prefix: str = "") -> dict:
-    found = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = value
-    return found

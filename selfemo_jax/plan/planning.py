@@ -11,7 +11,7 @@ from selfemo_jax.model.sharding import check_tp
 from selfemo_jax.plan import formulas
 from selfemo_jax.plan.compiled import CompiledStep
 from selfemo_jax.plan.devices import Efficiency, PlanDevice
-from selfemo_jax.plan.formulas import Memory, SidecarCache, StepTime, Workload
+from selfemo_jax.plan.figures import Memory, SidecarCache, StepTime, Workload
 
 _MOST_TOKENS = 2**20
 _MOST_ROWS = 4096
@@ -134,13 +134,28 @@ def token_budget(model: ModelConfig, config: Config, axes: Mapping[str, int], de
 
     ways = axes["data"] * axes["fsdp"]
     return Budget(
-        row_tokens=formulas.largest(
+        row_tokens=largest(
             fits(lambda n: {"row_tokens": n}), low=MIN_BLOCK, high=_MOST_TOKENS, multiple=MIN_BLOCK
         ),
-        micro_rows=formulas.largest(
+        micro_rows=largest(
             fits(lambda n: {"micro_rows": n}), low=ways, high=max(_MOST_ROWS, ways), multiple=ways
         ),
     )
+
+
+def largest(fits, *, low: int, high: int, multiple: int) -> int:
+    """The largest multiple in ``low`` to ``high`` that fits, 0 where not even ``low`` does; ``fits`` must
+    not hold again once it failed."""
+    first, last = -(-low // multiple), high // multiple
+    if not fits(first * multiple):
+        return 0
+    while first < last:
+        middle = (first + last + 1) // 2
+        if fits(middle * multiple):
+            first = middle
+        else:
+            last = middle - 1
+    return first * multiple
 
 
 def advice(plan: Plan, config: Config) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from selfemo_jax.accelerators import MEMORY_VARIABLES
 from selfemo_jax.plan.compiled import CompiledStep
 from selfemo_jax.plan.planning import Plan
 
@@ -64,6 +65,7 @@ def _memory_table(plan: Plan) -> Table:
         ("  the output head at work", memory.logits, None),
         ("  gathered weights", memory.gathered, None),
         ("sampler's weights", memory.engine, None),
+        ("temporaries of log-probs, and batch", memory.logprobs, _logprobs(step)),
         ("peak of an update", memory.total, plan.compiled_peak),
     ]
     if plan.cache:
@@ -74,9 +76,18 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
+def _logprobs(step: CompiledStep | None) -> float | None:
+    """Less the weights, which are there anyway."""
+    found = [one for one in step.programs if one.name == "logprobs"] if step else []
+    return found[0].total - step.parameters if step and found else None
+
+
 def _memory_words(plan: Plan) -> Iterator[str]:
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"{verdict} into {plan.device.usable / 2**20:,.0f} MiB usable, by formula"
+    verdict, device = "fits" if plan.fits else "DOES NOT FIT", plan.device
+    words = f"{verdict} into {device.usable / 2**20:,.0f} MiB usable, by formula: {device.share:.0%} of all"
+    if device.name != "CPU":
+        words += f", as {MEMORY_VARIABLES[0]} says; where servers share the GPU, set it to what they leave"
+    yield words
     if plan.formula_error is not None:
         yield f"the formulas are {plan.formula_error:+.1%} off the compiled step"
     if plan.sidecar:
