@@ -6,6 +6,7 @@ corpus and no path.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ NOT_PUBLISHED = (
     "nor rollouts of the run are free to be passed on because the weights are. Weights trained on them "
     "may carry passages of them: ask the holders of the rights, or keep them to yourself."
 )
+LIMITS = (
+    "Recognition was learned from scripted English dialogue; labels of real people's feelings it is not made "
+    "for. Scores of sets that share scenes with training data are given apart as shared and clean. What the "
+    "base policy read before is not known."
+)
+NO_RUN = "The run that trained these weights is not at hand"
 Record = Mapping[str, Any]
 
 
@@ -33,7 +40,20 @@ def write_cards(folder: Path, run_dir: Path | None, *, library: str = "selfemo_j
     trained it, None where there was none. The same files give the same cards."""
     certificate, run = _json(folder / "certificate.json"), _read_run(run_dir) if run_dir else {}
     atomic_write(folder / MODEL_CARD, model_card(certificate, run, library=library))
-    atomic_write(folder / DATA_CARD, data_card(run))
+    atomic_write(folder / DATA_CARD, data_card(run, trained=_trained(certificate)))
+
+
+def write_cards_of_copy(source: Path, folder: Path, *, library: str) -> None:
+    """Both cards beside the converted copy of ``source``: from the run that trained it and that it lies in;
+    else those beside ``source``, which are of the same weights; else of weights of others."""
+    run = run_above(source) if _trained(_json(folder / "certificate.json")) else None
+    if run is None and (source / MODEL_CARD).is_file() and (source / DATA_CARD).is_file():
+        card = (source / MODEL_CARD).read_text(encoding="utf-8")
+        own = re.sub(r"^library_name: .*$", f"library_name: {library}", card, count=1, flags=re.MULTILINE)
+        atomic_write(folder / MODEL_CARD, own)
+        atomic_write(folder / DATA_CARD, (source / DATA_CARD).read_text(encoding="utf-8"))
+    else:
+        write_cards(folder, run, library=library)
 
 
 def run_above(folder: Path) -> Path | None:
@@ -47,7 +67,7 @@ def run_above(folder: Path) -> Path | None:
 def model_card(certificate: Record, run: Record, *, library: str) -> str:
     """Text of the model card; ``run`` holds `config`, `env` and `final` as far as they are known."""
     config, note = run.get("config", {}), certificate.get("note") or run.get("config", {}).get("note", "")
-    trained = certificate.get("source", {}).get("kind") == "trained"
+    trained, source = _trained(certificate), certificate.get("source", {})
     scores = list(_scores(certificate, run))
     results = [
         EvalResult(
@@ -61,7 +81,8 @@ def model_card(certificate: Record, run: Record, *, library: str) -> str:
     ]  # fmt: skip
     header = ModelCardData(
         library_name=library, tags=["emotion-recognition-in-conversation", "self-emo"], license="other",
-        license_name="see-below", language="en", model_name="SELF-EMO policy",
+        license_name="see-below", language="en",
+        model_name="SELF-EMO policy" if trained else source.get("name", "converted weights"),
         eval_results=results if results and not note else None,
     )  # fmt: skip
     lines = [
@@ -76,23 +97,18 @@ def model_card(certificate: Record, run: Record, *, library: str) -> str:
         lines += [f"> **{note}**", ""]
     lines += list(_what(certificate, config, trained))
     lines += ["", "## Scores", "", *_score_table(scores, note)]
-    if trained:
+    if trained and config:
         lines += ["", "## Training", "", *_training(config, run.get("env", {}))]
     lines += ["", "## Licence", "", *_licence(config, trained)]
-    lines += [
-        "", "## Limits", "",
-        "Recognition was learned from scripted English dialogue; labels of real people's feelings it "
-        "is not made "
-        "for. Scores of sets that share scenes with training data are given apart as shared and "
-        "clean. What the "
-        "base policy read before is not known.",
-    ]  # fmt: skip
+    lines += ["", "## Limits", "", LIMITS if trained else "Those of the original weights."]
     return "\n".join(lines) + "\n"
 
 
-def data_card(run: Record) -> str:
+def data_card(run: Record, *, trained: bool) -> str:
     """Text of the data card."""
     config, data = run.get("config", {}), run.get("config", {}).get("data", {})
+    if trained and not config:
+        return f"# Data\n\n{NO_RUN}, and so neither is what they were trained on.\n\n{NOT_PUBLISHED}\n"
     if not run:
         return "# Data\n\nThese weights were converted; this project trained them on nothing.\n"
     lines = ["# Data", "", "## Corpora", ""]
@@ -129,14 +145,23 @@ def data_card(run: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _trained(certificate: Record) -> bool:
+    return certificate.get("source", {}).get("kind") == "trained"
+
+
 def _what(certificate: Record, config: Record, trained: bool) -> Iterator[str]:
     if not trained:
-        name = certificate.get("source", {}).get("name", "another format")
-        yield f"The weights of `{name}`, converted by selfemo_jax, every bit equal (`certificate.json`)."
+        source = certificate.get("source", {})
+        what = f"The weights of `{source.get('name', 'another format')}`, converted by selfemo_jax"
+        if source.get("kind") == "gguf":
+            yield f"{what}: the numbers that the file's blocks stand for (`certificate.json`)."
+        else:
+            yield f"{what}, every bit equal (`certificate.json`)."
         return
     source = certificate["source"]
     base = config.get("model", {}).get("path")
     begun = f"Begun from `{Path(base).name}`." if base else "Begun from random weights."
+    begun = begun if config else f"{NO_RUN}."
     yield (
         f"A policy that names the emotions of the last speaker of a dialogue, its own, and replies "
         f"([SELF-EMO]({PAPER})). "
@@ -195,6 +220,9 @@ def _training(config: Record, env: Record) -> Iterator[str]:
 def _licence(config: Record, trained: bool) -> Iterator[str]:
     if not trained:
         yield "That of the original weights."
+        return
+    if not config:
+        yield f"{NO_RUN}. {NOT_PUBLISHED}"
         return
     if config.get("model", {}).get("path"):
         yield "The licence of the base policy holds for these weights too."

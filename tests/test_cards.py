@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from selfemo_jax.cards import DATA_CARD, MODEL_CARD, run_above, write_cards
+from selfemo_jax.cards import DATA_CARD, MODEL_CARD, run_above, write_cards, write_cards_of_copy
 
 SCORED = {
     "num": 4,
@@ -93,6 +93,57 @@ def test_converted_weights_of_others_are_said_to_be_that(tmp_path):
         "Converted weights" in model and "`some-model`" in model and "That of the original weights." in model
     )
     assert "trained them on nothing" in data
+
+
+def test_converted_weights_have_cards_whatever_they_come_from(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    from tests.model.checkpoints import hf_config, save_checkpoint
+    from tests.model.test_gguf import write_gguf
+    from tools import convert_hf
+
+    source = save_checkpoint(tmp_path / "some-model", hf_config("qwen3"), dtype=torch.float32)
+    (source / MODEL_CARD).write_text("# Of others\n")
+    assert convert_hf.main(["to-flax", str(source), str(tmp_path / "flax")]) == 0
+    card = (tmp_path / "flax" / MODEL_CARD).read_text()
+    assert "The weights of `some-model`, converted" in card and "every bit equal" in card
+    assert "SELF-EMO policy" not in card and "scripted English" not in card
+    assert "trained them on nothing" in (tmp_path / "flax" / DATA_CARD).read_text()
+    write_gguf(tmp_path / "model.gguf")
+    capsys.readouterr()
+    assert convert_hf.main(["from-gguf", str(tmp_path / "model.gguf"), str(tmp_path / "read")]) == 0
+    assert f"{MODEL_CARD}, {DATA_CARD}" in capsys.readouterr().out
+    card = (tmp_path / "read" / MODEL_CARD).read_text()
+    assert "> **8-bit quantised copy" in card and "every bit equal" not in card
+    assert "trained them on nothing" in (tmp_path / "read" / DATA_CARD).read_text()
+
+
+def test_cards_of_trained_weights_travel_with_them(run, tmp_path):
+    exported, back, again = (tmp_path / name for name in ("hf", "flax", "hf_again"))
+    trained = weights(run, "best", step=7)
+    foreign = {"source": {"kind": "safetensors", "name": "hf"}}
+    for folder, certificate in ((exported, None), (back, foreign), (again, foreign)):
+        folder.mkdir()
+        copied = (
+            (trained / "certificate.json").read_text() if certificate is None else json.dumps(certificate)
+        )
+        (folder / "certificate.json").write_text(copied)
+    write_cards_of_copy(trained, exported, library="transformers")
+    write_cards_of_copy(exported, back, library="selfemo_jax")
+    write_cards_of_copy(back, again, library="transformers")
+    first, last = ((folder / MODEL_CARD).read_text() for folder in (exported, again))
+    assert "| test | meld | 4 | 50.00 | 45.67 |" in first and last == first
+    assert "library_name: selfemo_jax" in (back / MODEL_CARD).read_text()
+    assert "Not to be published by default" in (again / DATA_CARD).read_text()
+
+
+def test_trained_weights_far_from_their_run_are_not_called_free(run, tmp_path):
+    alone = weights(tmp_path / "elsewhere", "w", step=7)
+    model, data = cards(alone, None)
+    for text in (model, data):
+        assert "The run that trained these weights is not at hand" in text
+        assert "Not to be published by default" in text
+    for wrong in ("Apache-2.0", "random weights", "trained them on nothing"):
+        assert wrong not in model + data
 
 
 def test_every_weight_folder_of_a_run_and_its_export_have_both_cards(tmp_path):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfemo_jax.cards import DATA_CARD, MODEL_CARD, run_above, write_cards
+from selfemo_jax.cards import DATA_CARD, MODEL_CARD, write_cards, write_cards_of_copy
 from selfemo_jax.model.hf_convert import MAX_SHARD_BYTES, to_flax, to_hf, verify
 
 
@@ -54,15 +54,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_flax(args: argparse.Namespace) -> int:
-    _report(to_flax(args.first, args.second), args.second)
+    certificate = to_flax(args.first, args.second)
+    write_cards_of_copy(Path(args.first), Path(args.second), library="selfemo_jax")
+    _report(certificate, args.second)
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
     tensors = to_hf(args.first, args.second, max_shard_bytes=int(args.max_shard_gb * 1e9))
-    write_cards(Path(args.second), run_above(Path(args.first)), library="transformers")
+    write_cards_of_copy(Path(args.first), Path(args.second), library="transformers")
     print(f"{args.second}: {len(tensors)} tensors, each equal to its line in the certificate")
-    print(f"what they are and what must not be done with them: {MODEL_CARD}, {DATA_CARD}")
+    _name_cards()
     return 0
 
 
@@ -79,7 +81,9 @@ def _verify(args: argparse.Namespace) -> int:
 def _from_gguf(args: argparse.Namespace) -> int:
     from selfemo_jax.model.gguf_import import from_gguf
 
-    _report(from_gguf(args.first, args.second), args.second)
+    certificate = from_gguf(args.first, args.second)
+    write_cards(Path(args.second), None)
+    _report(certificate, args.second)
     return 0
 
 
@@ -87,6 +91,11 @@ def _report(certificate, dst: str) -> None:
     print(f"{dst}: {len(certificate['tensors'])} tensors; digests in certificate.json")
     if "note" in certificate:
         print(f"note: {certificate['note']}")
+    _name_cards()
+
+
+def _name_cards() -> None:
+    print(f"what they are and what must not be done with them: {MODEL_CARD}, {DATA_CARD}")
 
 
 if __name__ == "__main__":
