@@ -15,7 +15,9 @@ readable reply are not judged but counted. A judge reads of a person only where 
 (``--persona given``); without, the question of understanding has nothing to go by. A verdict that cannot be
 read is asked for once more; a pair without two readable verdicts is left out of the shares and counted.
 Intervals are Wilson's; p is that of the exact sign test on pairs that are no tie, with Holm's correction over
-the table; kappa is Cohen's over win, tie and loss. A sheet of a person has one order only.
+the table; kappa is Cohen's over win, tie and loss. A sheet of a person has one order only. Whether better
+recognition goes with better answers: Spearman's correlation of a pair's gain in r1 with its outcome (loss,
+tie, win of the second side).
 """
 
 import argparse
@@ -31,6 +33,7 @@ import numpy as np
 from selfemo_jax.config import Config
 from selfemo_jax.experts.panel import Panel
 from selfemo_jax.study import showing
+from selfemo_jax.study.curves import spearman
 from selfemo_jax.study.judge_prompt import TASKS, Task, Verdict, question, read_verdict
 from selfemo_jax.study.judge_sheet import export_sheet, key_of, read_sheet
 from selfemo_jax.study.reading import joined_notes, short_names
@@ -101,10 +104,14 @@ def main(args: argparse.Namespace) -> int:
     titles = (
         showing.titled(f"{len(judgeable)} of {len(pairs)} pairs judged, percent; {sides}", note),
         showing.titled("agreement between judges", note),
+        showing.titled("gain in r1 against outcome, over pairs", note),
     )
+    recognition = recognition_rows(judged, pairs)
     showing.print_table(titles[0], rows)
     if agreements:
         showing.print_table(titles[1], agreements)
+    if recognition:
+        showing.print_table(titles[2], recognition)
     print(f"without a readable reply: first {silent['first']}, second {silent['second']} of {len(pairs)}")
     described = sum(bool(pair["persona"]) for pair in judgeable)
     if described < len(judgeable):
@@ -115,7 +122,8 @@ def main(args: argparse.Namespace) -> int:
     content = {"note": note, "sides": sides, "ties allowed": not args.no_ties, "tie rule": TIE_RULE}
     content["pairs with a persona"] = described
     content |= {f"without reply: {side}": number for side, number in silent.items()}
-    showing.write_json(out / "judge.json", {**content, "judges": rows, "agreement": agreements})
+    content |= {"judges": rows, "agreement": agreements, "recognition": recognition}
+    showing.write_json(out / "judge.json", content)
     verdicts = [vars(one) for one in judged]
     showing.write_json(out / "judge_verdicts.json", {"note": note, "verdicts": verdicts})
     draw(out / "judge.png", rows, title=titles[0])
@@ -254,6 +262,25 @@ def agreement_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             equal = 100 * float(np.mean([a == b for a, b in zip(here, there, strict=True)]))
             row = {"judges": f"{one} and {other}", "task": task.name, "n": len(both)}
             rows.append(row | {"equal": equal, "kappa": kappa})
+    return rows
+
+
+def recognition_rows(judged: Sequence[Judged], pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each judge and question: pairs with an outcome and r1 on both sides, Spearman's correlation
+    of the gain in r1 with the outcome, its two-sided p; None where either is the same for all."""
+    gains = {
+        pair["id"]: pair["second"]["r1"] - pair["first"]["r1"]
+        for pair in pairs
+        if all(isinstance(pair[side].get("r1"), int | float) for side in SIDES)
+    }
+    worth = {"first": -1, "tie": 0, "second": 1}
+    rows = []
+    for judge, task in dict.fromkeys((one.judge, one.task) for one in judged):
+        mine = [one for one in judged if (one.judge, one.task) == (judge, task) and one.pair in gains]
+        points = [(gains[one.pair], worth[one.outcome]) for one in mine if one.outcome is not None]
+        if points:
+            correlation, p = spearman(*np.array(points, float).T)
+            rows.append({"judge": judge, "task": task, "n": len(points), "spearman": correlation, "p": p})
     return rows
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.judge import Judged, agreement_rows, outcome_of, result_rows, wilson
+from selfemo_jax.study.judge import Judged, agreement_rows, outcome_of, recognition_rows, result_rows, wilson
 from selfemo_jax.study.judge_prompt import TASKS, question, read_verdict
 from selfemo_jax.study.judge_sheet import export_sheet, key_of, read_sheet
 from tests.experts.chat_server import requests, serving
@@ -116,6 +116,21 @@ def test_shares_signs_and_consistency_by_hand():
     # Wilson (1927) for 5 of 8 with z = 1.959964.
     assert row["second wins ci"] == [pytest.approx(30.57, abs=0.01), pytest.approx(86.32, abs=0.01)]
     assert wilson(0, 0) is None
+
+
+def test_the_gain_in_r1_is_held_against_the_outcome():
+    pairs = [
+        {"id": str(place), "first": answer("x", r1=0.5), "second": answer("y", r1=0.5 + gain)}
+        for place, gain in enumerate((0.5, 0.25, 0.0, -0.25))
+    ]
+    (row,) = recognition_rows(judged("one", ["second", "tie", "tie", "first"]), pairs)
+    # Ranks 4 3 2 1 and 4 2.5 2.5 1: 4.5 / sqrt(5 * 4.5). Of 24 orders 2 are as far up, and 2 as far down.
+    assert row["n"] == 4 and row["spearman"] == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
+    assert row["p"] == pytest.approx(4 / 24)
+    (row,) = recognition_rows(judged("one", ["second", None, "second"]), pairs)
+    assert (row["n"], row["spearman"]) == (2, None)
+    del pairs[0]["first"]["r1"]
+    assert recognition_rows(judged("one", ["second"]), pairs) == []
 
 
 def test_kappa_by_hand():
