@@ -68,6 +68,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             console.print(f"{one['phase']}: no trace of {one['label']}: {one['error'][:300]}")
             continue
         items = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in one["items"][:3])
+        items = items or "see its trace"
         console.print(f"{one['phase']}: {one['label']}, largest: {items}")
     for one in result["unavailable"]:
         console.print(f"{one['phase']}: {one['label']} did not take part: {one['error'][:300]}")

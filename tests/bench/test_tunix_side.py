@@ -172,7 +172,7 @@ def test_tunix_takes_a_step(tmp_path, monkeypatch):
     rows = {row["side"]: row for row in found["rows"]}
     assert set(rows) == {"jax", "tunix"}
     assert rows["tunix"]["parts"].keys() == {"rollout_s", "reference_s", "update_s"}
-    assert 0.0 < sum(rows["tunix"]["parts"].values()) <= rows["tunix"]["median_s"] * 1.05
+    assert 0.0 < sum(rows["tunix"]["parts"].values()) <= rows["tunix"]["median_s"]
     assert rows["tunix"]["tokens"] == rows["jax"]["tokens"]
     assert [one["theirs"] for one in found["ratios"]] == ["tunix"]
     assert "google-tunix" in found["sides"]["tunix"]["versions"]

@@ -136,7 +136,10 @@ class Step:
         )
         moved = [float(jnp.abs(new - old).max()) for new, old in zip(policy, reference, strict=True)]
         if not all(0.0 < one < 1.0 for one in moved):
-            raise ValueError(f"tunix: its first update moved its weights by up to {moved}")
+            raise ValueError(
+                f"tunix: its first update moved its arrays by at most {min(moved)} to {max(moved)}; expected "
+                "each to move, and by less than 1"
+            )
         if any(bool((new != used).any()) for new, used in zip(policy, sampler, strict=True)):
             raise ValueError("tunix: it samples with other weights than those of its newest update")
 

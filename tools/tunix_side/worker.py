@@ -34,7 +34,7 @@ class TunixSide:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def profile(self, run: Any, folder: str) -> list[tuple[str, float]]:
-        """One run's trace for XProf or TensorBoard."""
+        """One run's trace for XProf or TensorBoard; its operations are not summed up here."""
         with jax.profiler.trace(folder):
             run()
         return []
