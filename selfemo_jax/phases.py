@@ -57,7 +57,8 @@ class Position:
 def plan(config: Config) -> tuple[Phase, ...]:
     """The phases of method 3.2: labels (on request) and cold start, then per iteration RL, harvest and (by
     `retrain.method`) SFT, then the final RL, whose buffer holds the last harvest; for a baseline those up to
-    the cold start, or none."""
+    the cold start, or none. Without self-play on all originals (`control`) the one RL phase starts from the
+    weights that the final RL of the method starts from."""
     phases: list[Phase] = []
     if config.phases == "none":
         return ()
@@ -77,12 +78,15 @@ def plan(config: Config) -> tuple[Phase, ...]:
         return name
 
     wheel, retrain, rl_steps = config.flywheel, config.flywheel.retrain, config.rl.steps
-    num_iterations = 0 if wheel.control == "all_original" else wheel.iterations
+    alone = wheel.control == "all_original"
+    num_iterations = 0 if alone else wheel.iterations
     cold = BASE
-    if config.cold_start.labels.epochs:
-        cold = add("labels", "labels", 0, BASE, (ORIGINAL,))
-    if config.cold_start.source != "none":
-        cold = add("sft", "cold", 0, cold, (ORIGINAL,))
+    # From the base nothing would use a cold start: in the method it is there for what plays.
+    if config.phases == "cold" or not (alone and retrain.init == "base"):
+        if config.cold_start.labels.epochs:
+            cold = add("labels", "labels", 0, BASE, (ORIGINAL,))
+        if config.cold_start.source != "none":
+            cold = add("sft", "cold", 0, cold, (ORIGINAL,))
     if config.phases == "cold":
         return tuple(phases)
     harvests: list[str] = []
@@ -90,7 +94,8 @@ def plan(config: Config) -> tuple[Phase, ...]:
     for iteration in range(1, num_iterations + 2):
         final = iteration == num_iterations + 1
         buffer = (ORIGINAL, *harvests)
-        init = {"base": BASE, "cold": cold, "current": current}[retrain.init] if harvests else cold
+        starts = {"base": BASE, "cold": cold, "current": current}
+        init = starts[retrain.init] if harvests or alone else cold
         if harvests and retrain.method != "grpo":
             init = current = add("sft", f"sft_{iteration}", iteration, init, tuple(harvests))
         if not harvests or retrain.method != "sft":

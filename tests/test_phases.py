@@ -12,11 +12,11 @@ from selfemo_jax.settings.selfplay import Retrain
 RECORD = {"steps": 3, "logs": {"metrics.jsonl": [10, "ab"]}}
 
 
-def planned(*, method="grpo", init="base", iterations=1, cold="human", steps=None):
+def planned(*, method="grpo", init="base", iterations=1, cold="human", steps=None, control="none"):
     config = Config(
         model=ModelSection(path="weights"),
         cold_start=ColdStart(source=cold),
-        flywheel=Flywheel(iterations=iterations, retrain=Retrain(method=method, init=init)),
+        flywheel=Flywheel(iterations=iterations, control=control, retrain=Retrain(method=method, init=init)),
         rl=RL(steps=steps),
     )
     return plan(config)
@@ -47,6 +47,23 @@ def test_without_self_play_rl_follows_the_cold_start():
         ("cold", "sft", 0, "base", ("original",)),
         ("rl_final", "rl", 1, "cold", ("original",)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("base", [("rl_final", "base")]),
+        ("cold", [("cold", "base"), ("rl_final", "cold")]),
+        # No RL came before it, so the current policy is the cold start's.
+        ("current", [("cold", "base"), ("rl_final", "cold")]),
+    ],
+)
+def test_the_arm_of_all_originals_starts_where_the_final_rl_of_the_method_starts(init, expected):
+    assert [(p.name, p.init) for p in planned(control="all_original", init=init)] == expected
+    cold = Config(
+        model=ModelSection(path="weights"), phases="cold", flywheel=Flywheel(control="all_original")
+    )
+    assert [p.name for p in plan(cold)] == ["cold"]
 
 
 def test_the_buffer_grows_by_every_harvest():

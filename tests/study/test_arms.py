@@ -38,8 +38,19 @@ def test_the_arms_of_table_2_are_there_and_mean_what_they_say(name):
     assert found.keys() == TABLE_2
     kinds = {arm: [phase.kind for phase in plan(config)] for arm, config in found.items()}
     assert "harvest" in kinds["full"] and kinds["without_self_grpo"] == kinds["full"]
-    assert kinds["without_self_emo"] == [kind for kind in kinds["full"][:1] if kind == "sft"] + ["rl"]
+    assert kinds["without_self_emo"] == {"tiny": ["sft", "rl"], "qwen3_4b": ["rl"]}[name]
     assert found["without_self_grpo"].reward.consensus == "off"
+    # An arm must not also start from other weights: the paper's reported policy starts from the base model.
+    starts = {arm: plan(config)[-1].init for arm, config in found.items()}
+    everywhere = {"tiny": "rl_1", "qwen3_4b": "base"}[name]
+    assert (
+        starts
+        == dict.fromkeys(TABLE_2, everywhere)
+        | {
+            "tiny": {"without_self_emo": "cold"},
+            "qwen3_4b": {"with_cold": "cold"},
+        }[name]
+    )
 
 
 def result(accuracy: float, wf1: float = 0.5) -> dict:
