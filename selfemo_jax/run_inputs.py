@@ -23,6 +23,8 @@ from selfemo_jax.selfplay.selection import Shares, choose, label_shares
 SYNTHETIC = "synthetic"
 MIN_SYNTHETIC = 2
 """Synthetic inputs that every batch asks for, so that a small harvest is met from the first step on."""
+MOST_OFTEN = 4
+"""A synthetic input is asked at most so many times as often as an original one, however few there are."""
 Example = tuple[Sample, tuple[int, ...] | None]
 """An input and the completion to learn; None is the completion made of the human data."""
 
@@ -149,9 +151,10 @@ def source_weights(sources: Mapping[str, Sequence[Any]], config: Config) -> dict
         return weights | ({SYNTHETIC: 0.0} if num_synthetic else {})
     if not num_synthetic:
         return weights
-    share = min(config.flywheel.max_share, num_synthetic / (num_synthetic + sum(originals.values())))
+    own = num_synthetic / (num_synthetic + sum(originals.values()))
+    share = min(config.flywheel.max_share, own)
     weights = {name: value * (1 - share) for name, value in weights.items()} | {SYNTHETIC: share}
-    least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, config.flywheel.max_share, 0.5)
+    least = min(MIN_SYNTHETIC / config.rl.prompts_per_step, MOST_OFTEN * own, config.flywheel.max_share, 0.5)
     return with_floor(weights, floor={SYNTHETIC: least})
 
 

@@ -203,14 +203,24 @@ def test_the_share_of_a_harvest_is_that_of_the_buffer_within_bounds():
     assert source_weights(sizes(3, 1, 400), config) == pytest.approx(
         {"meld": 0.375, "iemocap": 0.125, SYNTHETIC: 0.5}
     )
-    # 1 of 401 would be one input in 25 batches; two places of sixteen are asked for.
-    assert source_weights(sizes(300, 100, 1), config)[SYNTHETIC] == pytest.approx(2 / 16)
+    # 20 of 420 would be less than one input a batch; two places of sixteen are asked for.
+    assert source_weights(sizes(300, 100, 20), config)[SYNTHETIC] == pytest.approx(2 / 16)
+    assert source_weights(sizes(300, 100, 50), config)[SYNTHETIC] == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize("made", [1, 2])
+def test_what_a_collapsed_harvest_leaves_is_not_in_every_batch(made):
+    config = settings(rl={"prompts_per_step": 16, "mini_prompts": 16})
+    found = source_weights({"meld": range(400), SYNTHETIC: range(made)}, config)
+    # An original input is asked (1 - share) / 400 of the time, each of these about four times as often.
+    assert found[SYNTHETIC] == pytest.approx(4 * made / (400 + made))
+    assert found[SYNTHETIC] / made < 4.1 * found["meld"] / 400
 
 
 @pytest.mark.parametrize(("prompts", "share"), [(1, 0.5), (2, 0.5), (3, 0.5), (5, 0.4)])
 def test_small_steps_leave_room_for_the_originals(prompts, share):
     config = settings(rl={"prompts_per_step": prompts, "mini_prompts": prompts})
-    found = source_weights({"meld": range(500), SYNTHETIC: range(1)}, config)
+    found = source_weights({"meld": range(500), SYNTHETIC: range(100)}, config)
     assert found == pytest.approx({"meld": 1 - share, SYNTHETIC: share})
 
 
@@ -244,7 +254,7 @@ def test_without_synthetic_inputs_the_same_harvest_gives_other_batches():
     assert not any(name.endswith("+1") for items in none for name in items)
 
 
-@pytest.mark.parametrize("made", [1, 5])
+@pytest.mark.parametrize("made", [30, 60])
 def test_a_small_harvest_is_in_each_of_the_first_batches(made):
     config = settings(rl={"prompts_per_step": 8, "mini_prompts": 8})
     sources = {
