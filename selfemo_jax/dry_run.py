@@ -25,7 +25,7 @@ def describe(config: Config) -> None:
     parts = build_parts(config)
     data = load_data(config)
     check_run(config, parts, data)
-    for notice in (*parts.notices, *doubts(data)):
+    for notice in (*parts.notices, *doubts(data, config)):
         console.print(notice, markup=False)
     num_inputs = sum(map(len, data.train.values()))
     sizes = ", ".join(f"{name} {len(samples)}" for name, samples in data.train.items())

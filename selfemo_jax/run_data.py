@@ -120,9 +120,9 @@ def load_data(config: Config) -> RunData:
     return data
 
 
-def doubts(data: RunData) -> tuple[str, ...]:
+def doubts(data: RunData, config: Config) -> tuple[str, ...]:
     """What the person who starts a run should know of its data: warnings of the readers, what was dropped
-    from training, and a split that is not there."""
+    from training, a split that is not there, and prompts that hold less than the settings promise."""
     readers = data.report["readers"].values()
     told = [line for reader in readers for line in (*reader["warnings"], *reader["leakage"])]
     unread = data.report["parts"]["unread"]
@@ -132,6 +132,12 @@ def doubts(data: RunData) -> tuple[str, ...]:
     ]
     if not any(data.evaluation.get("dev", {}).values()):
         told.append("the data has no labelled dev utterance: the last policy is scored, not the best by dev")
+    promised = config.data.persona and config.persona.source == "given" and config.phases != "none"
+    if promised and not any(sample.persona for sample in data.all_train()):
+        told.append(
+            "no training input has a persona: every responder is played as a neutral participant; with "
+            "persona.source expert a model infers them from the dialogues"
+        )
     return tuple(f"data: {line}" for line in told)
 
 

@@ -36,7 +36,7 @@ def _opened(config: Config, command: Command) -> Iterator[Run]:
     kept = settings_of(config.run_dir)
     hashes = {"inputs": data.fingerprint}
     with RunLog(config, resume=resume, data_hashes=hashes, primary=is_first()) as log:
-        for notice in (*parts.notices, *doubts(data)):
+        for notice in (*parts.notices, *doubts(data, config)):
             log.say(notice)
         if is_first():
             atomic_write(

@@ -10,7 +10,11 @@ from selfemo_jax import run_data
 from selfemo_jax.config import Config, DataSection, Reward
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
 from selfemo_jax.run_data import by_dataset, doubts, fixed_subset, load_data
+from selfemo_jax.settings.experts import Persona
 from tests.fabricated import sample
+
+UNTOLD = Config(data=DataSection(persona=False))
+"""Settings under which nobody misses a persona."""
 
 
 def dialogue(number: int, split: str, labels=MELD, *, told=("neutral", "sadness", "neutral")) -> Dialogue:
@@ -106,11 +110,11 @@ def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(monkeypatch):
     assert one.parts["meld/test/x"] == both.parts["meld/test/x"] == "shared"
     assert one.parts == {root: part for root, part in both.parts.items() if root.startswith("meld/")}
     assert one.parts_from == both.parts_from == ("emorynlp", "meld")
-    assert set(one.train) == {"meld"} and doubts(one) == ()
+    assert set(one.train) == {"meld"} and doubts(one, UNTOLD) == ()
     del there["emorynlp"]
     alone = load("meld")
     assert (alone.parts["meld/test/x"], alone.parts_from) == ("clean", ("meld",))
-    (line,) = doubts(alone)
+    (line,) = doubts(alone, UNTOLD)
     assert line.startswith("data: emorynlp cannot be read: the parts shared and clean are not those of runs")
 
 
@@ -244,19 +248,33 @@ def test_what_the_readers_doubt_and_what_was_dropped_is_told_and_kept(loaded):
         warnings=("own test has 3 utterances",),
     )
     data = loaded(given={"own": own}, decontaminate=True)
-    warned, dropped = doubts(data)
+    warned, dropped = doubts(data, UNTOLD)
     assert warned == "data: own test has 3 utterances"
     assert dropped.startswith("data: training: 1 of 31 ") and dropped.endswith(
         "dropped (decontaminate=True)."
     )
     assert json.loads(json.dumps(data.report))["readers"]["own"]["warnings"] == ["own test has 3 utterances"]
-    assert doubts(loaded()) == ()
+    assert doubts(loaded(), UNTOLD) == ()
 
 
 def test_data_without_a_dev_split_is_told(loaded):
     meld = corpora()["meld"]
-    (line,) = doubts(loaded(given={"meld": make_corpus(MELD, {**meld.splits, "dev": ()})}))
+    (line,) = doubts(loaded(given={"meld": make_corpus(MELD, {**meld.splits, "dev": ()})}), UNTOLD)
     assert "no labelled dev utterance" in line
+
+
+def test_playing_roles_without_a_persona_is_told(loaded):
+    config, meld = Config(), corpora()["meld"].splits
+    nobody = [replace(one, personas={}) for one in meld["train"]]
+    # Ada answers in each of them.
+    known = [*nobody[1:], meld["train"][0]]
+    data = loaded(given={"meld": make_corpus(MELD, {**meld, "train": nobody})})
+    (line,) = doubts(data, config)
+    assert "no training input has a persona" in line and "persona.source expert" in line
+    for source in ("expert", "none"):
+        assert doubts(data, replace(config, persona=Persona(source=source))) == ()
+    assert doubts(data, UNTOLD) == doubts(data, replace(config, phases="none")) == ()
+    assert doubts(loaded(given={"meld": make_corpus(MELD, {**meld, "train": known})}), config) == ()
 
 
 def test_decontamination_comes_before_the_inputs(loaded, monkeypatch):
