@@ -24,6 +24,7 @@ from selfemo_jax.experts.ask import ChatSampling, Interrupted
 from selfemo_jax.experts.panel import MakePolicy, Panel
 from selfemo_jax.experts.policy import PolicyExpert
 from selfemo_jax.parts import Parts, base_weights, make_engine
+from selfemo_jax.phases import ORIGINAL, plan
 from selfemo_jax.run_biographies import add_biographies
 from selfemo_jax.run_data import RunData, with_experts
 from selfemo_jax.run_inputs import cold_inputs
@@ -36,10 +37,24 @@ from selfemo_jax.settings.experts import Endpoint
 Say = Callable[[str], None]
 
 
+LEAST_PROMPT = 256
+"""Tokens that a policy must have for a question; the shortest about a dialogue is longer."""
+
+
 def needs_experts(config: Config) -> bool:
     """Whether a run asks experts for anything."""
-    asked = config.persona.source == "expert" or config.output.biography == "expert"
-    return asked or config.cold_start.source in ("expert", "mixed")
+    return config.output.biography == "expert" or _uses_personas(config) or _uses_examples(config)
+
+
+def _uses_personas(config: Config) -> bool:
+    """Whether a phase or an evaluation tells what experts infer."""
+    return config.persona.source == "expert" and bool(plan(config) or config.eval.persona == "given")
+
+
+def _uses_examples(config: Config) -> bool:
+    """Whether a phase learns from cold-start answers of experts."""
+    cold = any(phase.kind == "sft" and ORIGINAL in phase.buffer for phase in plan(config))
+    return cold and config.cold_start.source in ("expert", "mixed")
 
 
 def cache_path(config: Config, folder: Path) -> Path:
@@ -143,9 +158,11 @@ def _ask(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) ->
             before = json.loads(record.read_text(encoding="utf-8"))
             panel.cache.check_prefix(before["length"], before["sha256"])
         try:
-            data = add_personas(config, data, panel, folder, say)
+            if _uses_personas(config):
+                data = add_personas(config, data, panel, folder, say)
             data = add_biographies(config, data, panel, folder)
-            data = add_examples(config, parts.codec, data, panel, folder, say)
+            if _uses_examples(config):
+                data = add_examples(config, parts.codec, data, panel, folder, say)
         except Interrupted as error:
             raise Stopped(str(error)) from None
         panel.cache.flush()
@@ -212,7 +229,17 @@ def _target(one: cold_start.Written, sample: Sample, codec: TextCodec, config: C
 
 def _policy_maker(config: Config, parts: Parts, stack: ExitStack) -> MakePolicy:
     def make(endpoint: Endpoint, sampling: ChatSampling) -> PolicyExpert:
-        engine = make_engine(parts)
+        max_prompt = parts.model.max_positions - sampling.max_tokens
+        if max_prompt < LEAST_PROMPT:
+            raise ValueError(
+                f"expert {endpoint.name}: the policy reads {parts.model.max_positions} tokens (with random "
+                f"weights batch.row_tokens) and expert.max_tokens is {sampling.max_tokens}, which leaves "
+                f"{max_prompt} for a question; expected {LEAST_PROMPT} or more: lower expert.max_tokens, or "
+                "raise batch.row_tokens"
+            )
+        # Recorded rollouts answer the prompts of training, not these.
+        live = replace(config, rollout=replace(config.rollout, replay=None))
+        engine = make_engine(replace(parts, config=live))
         stack.callback(engine.close)
         return PolicyExpert(
             endpoint,
@@ -221,7 +248,7 @@ def _policy_maker(config: Config, parts: Parts, stack: ExitStack) -> MakePolicy:
             parts.codec,
             base_weights(parts),
             thinking=config.model.thinking,
-            max_prompt=parts.model.max_positions - sampling.max_tokens,
+            max_prompt=max_prompt,
         )
 
     return make

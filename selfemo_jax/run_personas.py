@@ -53,7 +53,10 @@ def persona_pieces(config: Config, data: RunData) -> Pieces:
 
 
 def add_personas(config: Config, data: RunData, panel: Panel, folder: Path, say: Say) -> RunData:
-    """The data whose inputs carry the persona and theme that experts inferred (equation 4)."""
+    """The data whose inputs carry the persona and theme that experts inferred (equation 4).
+
+    ValueError where they inferred none at all.
+    """
     if config.persona.source != "expert":
         return data
     pieces = persona_pieces(config, data)
@@ -62,6 +65,11 @@ def add_personas(config: Config, data: RunData, panel: Panel, folder: Path, say:
     lines = [_scene_line(piece, scenes.get(piece.id), reasons.get(piece.id)) for piece in listed]
     atomic_write(folder / FILE, to_jsonl(lines))
     say(f"personas: {len(scenes)} of {len(listed)} pieces{_shown(reasons)}")
+    if listed and not scenes:
+        raise ValueError(
+            f"persona.source expert: no answer could be read{_shown(reasons)}; look at {folder / FILE} and "
+            "expert.max_tokens, or set persona.source to given or none"
+        )
     return _with_scenes(data, pieces, scenes)
 
 
