@@ -279,10 +279,12 @@ def _flywheel(config: Config) -> Iterator[str]:
             f"flywheel.drift.stop is {wheel.drift.stop}, below flywheel.drift.alarm {wheel.drift.alarm}; an "
             "alarm comes before a stop"
         )
-    if wheel.control == "original_only" and wheel.retrain.method != "grpo":
+    relabelled = wheel.control in ("original_only", "shuffled_labels", "verifier_labels")
+    if relabelled and wheel.retrain.method != "grpo":
         yield (
-            f"flywheel.control is original_only and flywheel.retrain.method is {wheel.retrain.method}, which "
-            "learns the harvest's answers; set flywheel.retrain.method to grpo"
+            f"flywheel.control is {wheel.control} and flywheel.retrain.method is {wheel.retrain.method}, "
+            "which learns the harvest's answers, whatever its inputs are labelled; set "
+            "flywheel.retrain.method to grpo"
         )
     if wheel.harvest == "replay":
         yield from _replayed_harvest(config)

@@ -263,6 +263,15 @@ def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
     assert "no cold start to begin from" in problems(cold_start={"source": "none"})
 
 
+@pytest.mark.parametrize("control", ["original_only", "shuffled_labels", "verifier_labels"])
+def test_arms_with_other_labels_are_refused_where_the_harvest_teaches_by_its_answers(control):
+    for method in ("sft", "sft_then_grpo"):
+        wheel = {"control": control, "retrain": {"init": "cold", "method": method}}
+        with pytest.raises(ValueError, match=f"control is {control} and .*retrain.method is {method}, which"):
+            parse_config({"flywheel": wheel})
+    assert parse_config({"flywheel": {"control": control, "retrain": {"init": "cold"}}})
+
+
 def test_answers_cut_at_their_label_need_rows_of_dialogues_and_some_whole_ones():
     assert "set cold_start.rows to dialogues" in problems(cold_start={"whole_answers": 0.5})
     assert "above 0" in problems(cold_start={"whole_answers": 0.0, "rows": "dialogues"})
