@@ -84,6 +84,9 @@ def load_config(
         resumed = saved if command.resume and "run_dir" in overrides and saved.is_file() else None
         chosen = base(command) if base else None
         path = chosen or resumed or config_folder() / "tiny.yaml"
+        # What a run left lies beside its settings, wherever it lay when they were written.
+        if chosen and "run_dir" not in overrides and chosen.parent != config_folder():
+            overrides["run_dir"] = str(chosen.parent)
     config = _build(_laid_over(_read_yaml(path), overrides), where=str(path))
     if config.run_dir is None:
         config = replace(config, run_dir=str(Path("runs") / path.stem))

@@ -141,6 +141,17 @@ def test_a_command_may_choose_the_file_by_its_own_flags(tmp_path):
     assert (config.seed, str(command.config_file)) == (13, path)
 
 
+def test_the_settings_of_a_run_that_was_copied_are_those_of_the_copy(tmp_path):
+    saved = tmp_path / "b" / "config.yaml"
+    saved.parent.mkdir()
+    saved.write_text(to_yaml(replace(load()[0], run_dir=str(tmp_path / "a"))))
+    assert load(base=lambda command: saved)[0].run_dir == str(tmp_path / "b")
+    assert load("--run_dir", "c", base=lambda command: saved)[0].run_dir == "c"
+    # Settings of no run say nothing of a folder.
+    bundled = config_folder() / "evaluate.yaml"
+    assert load(base=lambda command: bundled)[0].run_dir == "runs/evaluate"
+
+
 def test_help_says_what_each_field_is(capsys):
     with pytest.raises(SystemExit) as stop:
         load("--help")

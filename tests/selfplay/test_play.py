@@ -2,10 +2,12 @@
 
 import functools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from selfemo_jax import evaluate
 from selfemo_jax.data.inputs import Sample
@@ -361,6 +363,24 @@ def test_a_run_with_personas_by_experts_is_not_looked_at_without_them(page, tmp_
     words += ["--expert.endpoints", '[{"name": "owl", "base_url": "http://127.0.0.1:9/v1", "model": "m"}]']
     assert page.main(words) == 2
     assert f"{tmp_path}/personas.jsonl does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [command, evaluate])
+def test_a_copied_run_is_looked_at_with_its_own_personas(page, tmp_path, capsys):
+    run_dir = tmp_path / "copy"
+    shutil.copytree(micro.base_run(), run_dir)
+    settings_ = yaml.safe_load((run_dir / "config.yaml").read_text())
+    settings_["run_dir"] = str(tmp_path / "first")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings_))
+    words = ["--checkpoint", str(run_dir), "--split", "test"]
+    words += ["--persona.source", "expert", "--persona.scope", "history", "--persona.splits", "[test]"]
+    words += ["--data.persona", "true", "--eval.persona", "given"]
+    words += ["--expert.endpoints", '[{"name": "owl", "base_url": "http://127.0.0.1:9/v1", "model": "m"}]']
+    # The other run has some, which are not this one's.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "personas.jsonl").write_text("")
+    assert page.main(words) == 2
+    assert f"{run_dir}/personas.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_nothing_that_was_said_steers_the_terminal():
