@@ -14,7 +14,9 @@ next turn, and every extended dialogue joins the inputs of the next round.
 Departures from the paper, and points that its text leaves open:
 1. Algorithm 1 is not in the public text; the phases follow the prose (sections 3.2 to 3.4, 4.1).
 2. Without an expert model the cold start is made of the human data: gold label, the next speaker's label as
-   self-emotion, the real next turn as reply (`cold_start.source: human`).
+   self-emotion, the real next turn as reply (`cold_start.source: human`); and whoever has no persona in the
+   data is played as a neutral participant (`persona.source: expert` infers them). No bundled config asks a
+   server, and most play one round (`flywheel.iterations`; the number is not in the paper).
 3. A dialogue ends at the first reply that is rejected, or with `flywheel.max_depth` generated turns; from the
    second on the gold is what the policy declared itself, so r1 there measures agreement with itself alone.
 4. `reward.preset: paper` is the literal reading (r1 + t/T r2, any listed weight counts as named); `robust`

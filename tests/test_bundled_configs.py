@@ -11,6 +11,7 @@ import pytest
 import selfemo_jax.config as config_module
 from selfemo_jax.config import Config, parse_mesh
 from selfemo_jax.config_io import config_folder, load_config, read_config, to_yaml
+from selfemo_jax.settings.experts import Endpoint
 
 # bench.yaml holds settings of the benchmark, which are none of a run.
 CONFIGS = sorted(path for path in config_folder().rglob("*.yaml") if path.name != "bench.yaml")
@@ -62,6 +63,21 @@ def test_qwen3_configs_carry_table_12(size):
     ):  # fmt: skip
         assert row in text, f"{path.name} does not mention {row}"
     assert "rollout and ref" in text or "ref and rollout" in text
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_the_papers_experts_are_there_when_their_comment_signs_are_taken_away(size, tmp_path):
+    text = (config_folder() / f"qwen3_{size}.yaml").read_text()
+    start, end = text.index("# expert:"), text.index("# persona: {source: expert}")
+    named = text[:start] + text[start:].replace("# ", "", text[start:end].count("\n") + 1)
+    (tmp_path / "mine.yaml").write_text(named.replace("source: human ", "source: expert "))
+    config = read_config(tmp_path / "mine.yaml")
+    assert [endpoint.key_env for endpoint in config.expert.endpoints] == ["ONE_API_KEY", "TWO_API_KEY"]
+    assert (config.persona.source, config.cold_start.source) == ("expert", "expert")
+    # A base URL, a model and a key are all that is missing.
+    plain = Endpoint(name="one")
+    for one in config.expert.endpoints:
+        assert replace(one, name="one", base_url=None, model=None, key_env=None) == plain
 
 
 def test_the_papers_two_configs_differ_in_the_model_alone():
