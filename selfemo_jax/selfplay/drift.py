@@ -17,7 +17,7 @@ from scipy.spatial.distance import jensenshannon
 from selfemo_jax.config import Config
 from selfemo_jax.data.dialogues import heaviest_label
 from selfemo_jax.data.inputs import Sample
-from selfemo_jax.selfplay.hygiene import near_duplicate_share, words
+from selfemo_jax.selfplay.hygiene import words
 from selfemo_jax.selfplay.selection import Selection, Shares, label_shares
 
 Record = Mapping[str, Any]
@@ -84,10 +84,9 @@ def harvest_report(
             "training": mean_divergence(training, human),
         },
         "largest_label_ratio": largest_ratio(label_shares(training), human),
-        "replies": reply_statistics(replies, threshold=config.flywheel.hygiene.near_duplicate),
+        "replies": reply_statistics(replies),
         "human_replies": reply_statistics(
-            random.Random(config.seed).sample(references, min(len(replies), len(references))),
-            threshold=config.flywheel.hygiene.near_duplicate,
+            random.Random(config.seed).sample(references, min(len(replies), len(references)))
         ),
     }
 
@@ -120,16 +119,14 @@ def check_drift(report: Mapping[str, Any], config: Config) -> str:
     return f"alarm: {words} (flywheel.drift.alarm {drift.alarm})"
 
 
-def reply_statistics(replies: Sequence[str], *, threshold: float) -> dict[str, float]:
-    """Number, median words, distinct-1 and distinct-2 (different n-grams over all), share of
-    near-duplicates."""
+def reply_statistics(replies: Sequence[str]) -> dict[str, float]:
+    """Number, median words, distinct-1 and distinct-2 (different n-grams over all)."""
     lengths = [len(reply.split()) for reply in replies]
     return {
         "num": len(replies),
         "median_words": float(statistics.median(lengths)) if lengths else 0.0,
         "distinct_1": distinct(replies, 1),
         "distinct_2": distinct(replies, 2),
-        "near_duplicates": near_duplicate_share(replies, threshold=threshold),
     }
 
 

@@ -9,14 +9,21 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from lingua import Language, LanguageDetector, LanguageDetectorBuilder
 from rensa import RMinHash, RMinHashLSH  # pyrefly: ignore[missing-module-attribute]
+from sklearn.feature_extraction.text import CountVectorizer
 
 from selfemo_jax.data.grammar import BLOCKS
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.settings.selfplay import Hygiene
 
 NUM_HASHES = 128
+LETTERS, ALIKE = 5, 0.6
+"""Of MELD's and EmoryNLP's turns, equal ones left out, 0.6 % of 500 and 2.3 % of 8,000 are so like one
+before."""
+BLOCK = 512
+"""Replies that are compared with all before them at once."""
 MIN_LANGUAGE_WORDS = 4
 FOREIGN = 0.05
 """Confidence in the expected language below which a reply counts as foreign."""
@@ -112,13 +119,27 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def near_duplicate_share(replies: Sequence[str], *, threshold: float = 0.8) -> float:
-    """Share of replies that repeat an earlier one; 0 for none."""
-    index, repeated = ReplyIndex(threshold=threshold), 0
-    for reply in replies:
-        repeated += index.near(reply)
-        index.add(reply)
-    return repeated / len(replies) if replies else 0.0
+def repeats(replies: Sequence[str]) -> list[bool]:
+    """Which replies are nearly an earlier one: Jaccard similarity of their runs of five letters from `ALIKE`
+    on, over all pairs.
+
+    Another measure than that of acceptance, which can be held against it: one changed word in seven is seen.
+    """
+    if not replies:
+        return []
+    found = CountVectorizer(analyzer=_letters, binary=True, dtype=np.float32).fit_transform(replies)
+    sizes, seen = np.asarray(found.sum(axis=1)).ravel(), []
+    for start in range(0, len(replies), BLOCK):
+        block = found[start : start + BLOCK]
+        both = (block @ found[: start + BLOCK].T).toarray()
+        alike = both >= ALIKE * (sizes[start : start + BLOCK, None] + sizes[None, : start + BLOCK] - both)
+        seen += [bool(row[: start + place].any()) for place, row in enumerate(alike)]
+    return seen
+
+
+def _letters(reply: str) -> set[str]:
+    text = " ".join(words(reply))
+    return {text[place : place + LETTERS] for place in range(max(1, len(text) - LETTERS + 1))}
 
 
 def _minhash(grams: frozenset[str]) -> RMinHash:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.run_note import run_note
+from selfemo_jax.selfplay.hygiene import repeats
 from selfemo_jax.selfplay.show import plain, said, weights
 from selfemo_jax.selfplay.store import read_store
 
@@ -31,7 +32,7 @@ LEAST_MEDIAN = 4
 LEAST_DISTINCT = 0.6
 """distinct-2 of the replies as a share of that of as many human replies, at least."""
 MOST_REPEATED = 0.05
-"""Share of near-duplicates among accepted replies, at most."""
+"""Share of accepted replies that nearly repeat one accepted before, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,11 @@ def _show(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     harvests, note = load_harvests(run), run_note(run)
     rewards = rewards_by_origin(run)
-    found = {name: checks(report, least=arguments.least) for name, report in harvests.items()}
+    repeated = repeated_replies(run)
+    found = {
+        name: checks(report, least=arguments.least, repeated=repeated.get(iteration_of(name)))
+        for name, report in harvests.items()
+    }
     if arguments.json:
         content = {
             name: {
@@ -99,8 +104,23 @@ def load_harvests(run: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in reports}
 
 
-def checks(report: Mapping[str, Any], *, least: int) -> list[Check]:
-    """What the accepted inputs of a harvest must be: enough, in balance, talkative, varied, not repeated."""
+def iteration_of(name: str) -> int:
+    """Of a harvest's phase folder: 1 of ``02_harvest_1``."""
+    return int(name.rpartition("_")[2])
+
+
+def repeated_replies(run: Path) -> dict[int, float]:
+    """Iteration -> share of the replies accepted in it that are nearly one accepted before in the run."""
+    records = list(read_store(run / "flywheel.jsonl", accepted=True))
+    seen: dict[int, list[bool]] = {}
+    for record, repeated in zip(records, repeats([record["reply"] for record in records]), strict=True):
+        seen.setdefault(record["iteration"], []).append(repeated)
+    return {iteration: sum(found) / len(found) for iteration, found in seen.items()}
+
+
+def checks(report: Mapping[str, Any], *, least: int, repeated: float | None) -> list[Check]:
+    """What the accepted inputs of a harvest must be: enough, in balance, talkative, varied, not repeated;
+    ``repeated`` is their share in `repeated_replies`, None without any."""
     ratio, replies, human = report["largest_label_ratio"], report["replies"], report["human_replies"]
     relative = replies["distinct_2"] / human["distinct_2"] if human["distinct_2"] else 0.0
     some = replies["num"] > 0
@@ -131,9 +151,9 @@ def checks(report: Mapping[str, Any], *, least: int) -> list[Check]:
         ),
         Check(
             what="near-duplicates after acceptance",
-            found=f"{replies['near_duplicates']:.1%}",
+            found="no reply" if repeated is None else f"{repeated:.1%}",
             expected=f"at most {MOST_REPEATED:.0%}",
-            passed=some and replies["near_duplicates"] <= MOST_REPEATED,
+            passed=repeated is not None and repeated <= MOST_REPEATED,
         ),
     ]
 

@@ -162,13 +162,12 @@ def test_a_small_rest_to_train_on_is_noise_where_what_was_accepted_is_fair():
 
 def test_replies_are_measured_by_their_words():
     replies = ["We row far.", "we row FAR", "Home"]
-    found = reply_statistics(replies, threshold=0.8)
+    found = reply_statistics(replies)
     # Pairs: we-row, row-far, twice; words: we, row, far twice and home.
     assert (found["median_words"], found["distinct_2"]) == (3, 0.5)
     assert found["distinct_1"] == pytest.approx(4 / 7)
-    assert found["near_duplicates"] == pytest.approx(1 / 3)
     assert distinct(["Home"], 2) == 0.0
-    assert reply_statistics([], threshold=0.8)["median_words"] == 0.0
+    assert reply_statistics([])["median_words"] == 0.0
 
 
 def test_a_label_that_no_human_gave_has_no_ratio():

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from selfemo_jax.selfplay import hygiene
 from selfemo_jax.selfplay.hygiene import (
     ReplyIndex,
     is_foreign,
     jaccard,
-    near_duplicate_share,
+    repeats,
     text_problem,
     trigrams,
 )
@@ -78,9 +79,26 @@ def test_the_index_finds_what_an_exact_comparison_with_every_reply_finds(thresho
     assert 20 < agreed < 380
 
 
-def test_the_share_of_near_duplicates_counts_repetitions():
-    replies = ["we row far left", "calm rain", "We row, far left!", "calm rain.", "north"]
-    assert near_duplicate_share(replies) == 0.4 and near_duplicate_share([]) == 0.0
+def test_replies_that_repeat_are_seen_by_another_measure_than_that_of_acceptance():
+    told = "I do not know what you mean."
+    replies = [told, "Then we row home.", "I do not know what you want.", "No.", "NO!", "Oh no."]
+    # Runs of five letters: 23 and 23, of which the 19 up to "you " are common: 19 of 27.
+    assert repeats(replies) == [False, False, True, False, True, False]
+    assert not ReplyIndex(replies[:2]).near(replies[2])
+    assert repeats([told, "Do you know what I mean?"]) == [False, False] and repeats([]) == []
+
+
+def test_repetitions_are_seen_across_blocks_of_comparison(monkeypatch):
+    replies = random_replies(300, seed=2)
+    whole = repeats(replies)
+    monkeypatch.setattr(hygiene, "BLOCK", 7)
+    assert repeats(replies) == whole and 20 < sum(whole) < 280
+    slow = [hygiene._letters(reply) for reply in replies]
+    expected = [
+        any(len(one & other) / len(one | other) >= hygiene.ALIKE - 1e-6 for other in slow[:place])
+        for place, one in enumerate(slow)
+    ]
+    assert whole == expected
 
 
 def problem(reply: str, declared=("fear",), **rules) -> str | None:

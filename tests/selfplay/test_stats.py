@@ -5,12 +5,12 @@ import json
 import pytest
 
 from selfemo_jax.selfplay import __main__ as command
-from selfemo_jax.selfplay.stats import checks, rewards_by_origin
+from selfemo_jax.selfplay.stats import checks, repeated_replies, rewards_by_origin
 from selfemo_jax.selfplay.store import Store
 from tests.fabricated import sample, synthetic
 
-REPLIES = {"num": 40, "median_words": 4.0, "distinct_1": 0.5, "distinct_2": 0.6, "near_duplicates": 0.05}
-HUMAN = {"num": 40, "median_words": 6.0, "distinct_1": 0.5, "distinct_2": 1.0, "near_duplicates": 0.2}
+REPLIES = {"num": 40, "median_words": 4.0, "distinct_1": 0.5, "distinct_2": 0.6}
+HUMAN = {"num": 40, "median_words": 6.0, "distinct_1": 0.5, "distinct_2": 1.0}
 GOOD = {
     "proposed": 90,
     "accepted": 50,
@@ -29,8 +29,8 @@ GOOD = {
 }
 
 
-def verdicts(**changes) -> list[bool]:
-    return [check.passed for check in checks(GOOD | changes, least=50)]
+def verdicts(*, repeated: float | None = 0.05, **changes) -> list[bool]:
+    return [check.passed for check in checks(GOOD | changes, least=50, repeated=repeated)]
 
 
 def test_the_limits_themselves_pass():
@@ -46,7 +46,7 @@ def test_the_limits_themselves_pass():
         (2, {"replies": REPLIES | {"median_words": 3.5}}),
         (3, {"replies": REPLIES | {"distinct_2": 0.59}}),
         (3, {"human_replies": HUMAN | {"distinct_2": 0.0}}),
-        (4, {"replies": REPLIES | {"near_duplicates": 0.051}}),
+        (4, {"repeated": 0.051}),
     ],
 )
 def test_each_check_fails_alone(place, changes):
@@ -54,9 +54,32 @@ def test_each_check_fails_alone(place, changes):
 
 
 def test_a_harvest_that_left_nothing_passes_no_check():
-    nothing = {"num": 0, "median_words": 0.0, "distinct_1": 0.0, "distinct_2": 0.0, "near_duplicates": 0.0}
+    nothing = {"num": 0, "median_words": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}
     empty = {"accepted": 0, "largest_label_ratio": 0.0, "replies": nothing, "human_replies": nothing}
-    assert verdicts(**empty) == [False] * 5
+    assert verdicts(repeated=None, **empty) == [False] * 5
+
+
+def test_near_duplicates_in_the_store_fail_the_check_whatever_the_settings_took_for_one(tmp_path, capsys):
+    told = ["We row to the second island.", "Leave the oars on the deck.", "Who ate all of my bread?"]
+    again = ["You row to the second island.", "My coat is still wet.", "Sing something else."]
+    with Store(tmp_path / "flywheel.jsonl") as store:
+        for iteration, replies in ((1, told), (2, again)):
+            for n, reply in enumerate(replies):
+                child = synthetic(
+                    sample(n, dialogue=f"d{iteration}{n}", gold={"joy": 1.0}), iteration=iteration
+                )
+                line = {"iteration": iteration, "accepted": True, "sample": child.to_json(), "reply": reply}
+                store.append(line)
+            phase = tmp_path / "phases" / f"{iteration:02d}_harvest_{iteration}"
+            phase.mkdir(parents=True)
+            (phase / "harvest.json").write_text(json.dumps(GOOD | {"places": {"training": []}}))
+    # The first of the second harvest repeats one of the first harvest.
+    assert repeated_replies(tmp_path) == {1: 0.0, 2: pytest.approx(1 / 3)}
+    assert command.main(["stats", str(tmp_path), "--least=50", "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)["harvests"].values()
+    assert [check["passed"] for check in first["checks"]] == [True] * 5
+    assert [check["passed"] for check in second["checks"]] == [True] * 4 + [False]
+    assert second["checks"][-1]["found"] == "33.3%"
 
 
 def run_of(folder, *, iterations=1):
@@ -73,7 +96,9 @@ def run_of(folder, *, iterations=1):
                 for n in range(2)
             ]
             for child in children:
-                store.append({"iteration": iteration, "accepted": True, "sample": child.to_json()})
+                line = {"iteration": iteration, "accepted": True, "sample": child.to_json()}
+                own = f"{'abc'[iteration] * 9} {'xyz'[int(child.root_id[-1])] * 9}"
+                store.append(line | {"reply": own})
             phase = folder / "phases" / f"{iteration:02d}_harvest_{iteration}"
             phase.mkdir(parents=True)
             places = {"training": [children[0].id], "heldout": [children[1].id]}
