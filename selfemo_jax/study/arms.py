@@ -116,11 +116,17 @@ def main(args: argparse.Namespace) -> int:
     rows, remark = with_tests(rows, runs, split=args.split, reference=REFERENCE)
     notes = [outcome.note for found in outcomes.values() for outcome in found if outcome is not None]
     note = "; ".join(dict.fromkeys(note for note in notes if note))
-    title = f"accuracy on {args.split}, {args.seeds} seeds{f' - {note}' if note else ''}"
-    content = {"note": note, "title": title, "reference": str(reference), "remark": remark, "arms": rows}
-    atomic_write(folder / "arms.json", json.dumps(content, indent=1) + "\n")
-    atomic_write(folder / "arms.md", markdown(title, rows))
-    console.print(rich_table(title, rows))
+    parts = part_rows(outcomes)
+    titles = [
+        f"accuracy on {what}, {args.seeds} seeds{f' - {note}' if note else ''}"
+        for what in (args.split, f"parts of {args.split}")
+    ]
+    content = {"note": note, "title": titles[0], "reference": str(reference), "remark": remark}
+    atomic_write(folder / "arms.json", json.dumps({**content, "arms": rows, "parts": parts}, indent=1) + "\n")
+    tables = list(zip(titles, (rows, parts) if parts else (rows,), strict=False))
+    atomic_write(folder / "arms.md", "\n".join(markdown(title, found) for title, found in tables))
+    for title, found in tables:
+        console.print(rich_table(title, found))
     console.print(f"reference: {reference}; {remark}", highlight=False, markup=False)
     return 0
 
@@ -240,6 +246,24 @@ def table_rows(
         spent = [seconds[key] for key in keys if key in seconds]
         row["seconds a run"] = round(statistics.fmean(spent)) if spent else None
         rows.append(row)
+    return rows
+
+
+def part_rows(outcomes: Mapping[str, Sequence[Outcome | None]]) -> list[dict[str, Any]]:
+    """One row for each arm and part of a data set that is told in two: accuracy and weighted F1 in percent,
+    mean and deviation over seeds."""
+    rows: list[dict[str, Any]] = []
+    for arm, found in outcomes.items():
+        scored = [outcome.scores for outcome in found if outcome is not None]
+        for name in sorted(scored[0]) if scored else ():
+            told = [sets[name].get("parts") or {} for sets in scored]
+            alike = len(told[0]) > 1 and all(parts.keys() == told[0].keys() for parts in told)
+            for part in told[0] if alike else ():
+                row: dict[str, Any] = {"arm": arm, "set": f"{name}, {part}", "seeds": len(told)}
+                row["n"] = told[0][part]["num"]
+                for key, shown in (("accuracy", "accuracy"), ("weighted_f1", "w-F1")):
+                    row[shown], row[f"{shown} sd"] = _mean_sd([100 * parts[part][key] for parts in told])
+                rows.append(row)
     return rows
 
 

@@ -5,7 +5,7 @@
 A system is a run, a folder that `selfemo_jax.evaluate` wrote, or a predictions file. Each further one is
 compared with the first on the inputs that both answered: accuracy by McNemar's exact test, scores by a paired
 bootstrap over dialogues. Holm's correction is over all comparisons and data sets of the table, for each kind
-of test; the row over all sets stands outside that family.
+of test; the row over all sets and those of parts of a set (shared, clean) stand outside that family.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfemo_jax.study import showing
-from selfemo_jax.study.reading import Predictions, joined_notes, read_predictions, short_names
+from selfemo_jax.study.reading import Predictions, by_part, joined_notes, read_predictions, short_names
 from selfemo_jax.study.significance import (
     NUM_SAMPLES,
     SCORES,
@@ -54,8 +54,10 @@ def main(args: argparse.Namespace) -> int:
         for source, name in zip(args.runs, names, strict=True)
     ]
     note = joined_notes([system.note for system in systems])
-    scores = score_rows(systems, num=args.samples)
-    tests = test_rows(systems, num=args.samples)
+    whole = score_rows(systems, num=args.samples)
+    parts = [by_part(system) for system in systems]
+    scores = [*whole, *score_rows(parts, num=args.samples, mean=False)]
+    tests = test_rows(systems, parts, num=args.samples)
     folder = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
     out = args.out or folder / "study"
     reading = "lenient" if args.lenient else "strict"
@@ -69,13 +71,13 @@ def main(args: argparse.Namespace) -> int:
     showing.write_json(out / "compare.json", {**content, "scores": scores, "significance": tests})
     pages = [showing.markdown(title, rows) for title, rows in zip(titles, (scores, tests), strict=True)]
     showing.atomic_write(out / "compare.md", "\n".join(pages))
-    draw_scores(out / "compare.png", scores, title=titles[0])
+    draw_scores(out / "compare.png", whole, title=titles[0])
     print(f"written: {out}/compare.json, .md, .png")
     return 0
 
 
-def score_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
-    """One row for each system and data set: scores with intervals."""
+def score_rows(systems: Sequence[Predictions], *, num: int, mean: bool = True) -> list[dict[str, Any]]:
+    """One row for each system and data set: scores with intervals; and with ``mean`` one over its sets."""
     rows = []
     for system in systems:
         counts = {
@@ -83,7 +85,7 @@ def score_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, An
             for name, lines in sorted(system.sets.items())
         }
         parts = [(name, [runs]) for name, runs in counts.items()]
-        if len(counts) > 1:
+        if mean and len(counts) > 1:
             parts.append((ALL_SETS, list(counts.values())))
         for name, sets in parts:
             row: dict[str, Any] = {"run": system.name, "set": name}
@@ -97,9 +99,12 @@ def score_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, An
     return rows
 
 
-def test_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
-    """One row for each further system and data set, against the first."""
-    rows = []
+def test_rows(
+    systems: Sequence[Predictions], parts_of: Sequence[Predictions], *, num: int
+) -> list[dict[str, Any]]:
+    """One row for each further system and data set, against the first, then for each part of a set; Holm's
+    correction is over the former. ``parts_of`` are the systems by part."""
+    rows: list[dict[str, Any]] = []
     for other in systems[1:]:
         pairs = {name: common(systems[0], other, name) for name in sorted(systems[0].sets)}
         pairs = {name: pair for name, pair in pairs.items() if pair is not None}
@@ -117,6 +122,10 @@ def test_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any
     for family in ("p_mcnemar", "p_bootstrap"):
         for row, p in zip(single, holm([row[family] for row in single]), strict=True):
             row[f"{family}_holm"] = p
+    for other in parts_of[1:]:
+        for name in parts_of[0].sets:
+            if (pair := common(parts_of[0], other, name)) is not None:
+                rows.append({"run": other.name, "set": name} | _test([pair], num=num))
     order = ["run", "set", "n", "dialogues", "difference accuracy", "difference accuracy ci", "won", "lost"]
     order += ["p_mcnemar", "p_mcnemar_holm", "difference w-F1", "difference w-F1 ci"]
     order += ["p_bootstrap", "p_bootstrap_holm"]

@@ -3,7 +3,7 @@ says which, and what would make it."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,20 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
         labels[dataset] = listed if set(gold) <= set(listed) else tuple(gold)
     note = joined_notes([str(scores.get("note") or ""), run_note(path.parent)])
     return Predictions(name=name, note=note, labels=labels, sets=sets)
+
+
+def by_part(system: Predictions) -> Predictions:
+    """The same answers with each part of a data set as a set of its own, `meld, clean`; without the sets that
+    are not told in two parts."""
+    found: dict[str, dict[str, Line]] = {}
+    labels = {}
+    for name, lines in sorted(system.sets.items()):
+        parts = sorted({line["part"] for line in lines.values() if line.get("part")})
+        for part in parts if len(parts) > 1 else ():
+            shown = f"{name}, {part}"
+            found[shown] = {key: line for key, line in lines.items() if line.get("part") == part}
+            labels[shown] = system.labels[name]
+    return replace(system, sets=found, labels=labels)
 
 
 def _check_final(path: Path, sets: Mapping[str, Mapping[str, Line]], *, split: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.study import showing
 from selfemo_jax.study.compare import ALL_SETS, percent
-from selfemo_jax.study.reading import Predictions, joined_notes, read_predictions
+from selfemo_jax.study.reading import Predictions, by_part, joined_notes, read_predictions
 from selfemo_jax.study.same_settings import check_alike, check_made_by
 from selfemo_jax.study.significance import NUM_SAMPLES, SCORES, dialogue_counts, estimate, over_seeds, point
 
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
         for seed, run_dir in finished.items()
     }
     note = joined_notes([system.note for system in systems.values()])
-    rows = seed_rows(list(systems.values()), num=args.samples)
+    rows = rows_of(list(systems.values()), num=args.samples)
     title = showing.titled(f"{args.split}: {len(systems)} seeds, percent", note)
     showing.print_table(title, rows)
     each = [
@@ -138,11 +138,20 @@ def train(seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -
         )
 
 
-def seed_rows(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
-    """One row for each data set and score: mean and deviation over seeds, both intervals."""
+def rows_of(systems: Sequence[Predictions], *, num: int) -> list[dict[str, Any]]:
+    """Rows of the data sets, of their mean, and of their parts where every run tells the same ones."""
+    rows, parts = seed_rows(systems, num=num), [by_part(system) for system in systems]
+    if all(part.sets.keys() == parts[0].sets.keys() for part in parts):
+        rows += seed_rows(parts, num=num, mean=False)
+    return rows
+
+
+def seed_rows(systems: Sequence[Predictions], *, num: int, mean: bool = True) -> list[dict[str, Any]]:
+    """One row for each data set and score: mean and deviation over seeds, both intervals; and with ``mean``
+    for the mean over sets."""
     counts = counts_by_set(systems)
     parts: list[tuple[str, list[str]]] = [(name, [name]) for name in counts]
-    if len(counts) > 1:
+    if mean and len(counts) > 1:
         parts.append((ALL_SETS, list(counts)))
     rows = []
     for shown, names in parts:

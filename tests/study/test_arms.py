@@ -11,7 +11,7 @@ from selfemo_jax.config_io import config_folder, load_config, read_config, to_ya
 from selfemo_jax.phases import plan
 from selfemo_jax.study import __main__ as study
 from selfemo_jax.study import arms as arms_module
-from selfemo_jax.study.arms import find_arms, markdown, outcome_of, table_rows
+from selfemo_jax.study.arms import find_arms, markdown, outcome_of, part_rows, table_rows
 from tests.study.invented import evaluated, predictions
 
 FOLDERS = sorted(
@@ -219,6 +219,16 @@ def test_a_run_without_the_split_is_an_error_and_an_unfinished_one_is_none(tmp_p
     finished(tmp_path, {"meld": result(0.5)}, split="dev")
     with pytest.raises(ValueError, match="scored on dev, not on test"):
         outcome_of(tmp_path, "test")
+
+
+def test_parts_of_a_set_have_rows_of_their_own(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        parts = {"shared": result(accuracy + 0.2) | {"num": 3}, "clean": result(accuracy) | {"num": 9}}
+        finished(tmp_path / str(seed), {"one": result(accuracy) | {"parts": parts}, "two": result(0.4)})
+    outcomes = [outcome_of(tmp_path / str(seed), "test") for seed in range(2)]
+    shared, clean = part_rows({"full": outcomes, "plain": [None, None]})
+    assert (shared["arm"], shared["set"], shared["n"], shared["accuracy"]) == ("full", "one, shared", 3, 80.0)
+    assert (clean["accuracy"], clean["accuracy sd"], clean["seeds"]) == (60.0, 14.14, 2)
 
 
 def test_one_seed_has_no_deviation_and_an_arm_without_runs_no_row(tmp_path):

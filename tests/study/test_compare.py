@@ -51,6 +51,31 @@ def test_the_report_reads_the_tables(tmp_path):
     assert {table["kind"] for table in tables} >= {"significance"}
 
 
+def test_parts_of_a_set_are_compared_with_their_like_and_outside_the_family(tmp_path):
+    def told(turns, first):
+        lines = meld(turns, dialogues=4)
+        return [line | {"part": "shared" if "/d0/" in line["id"] else first} for line in lines]
+
+    runs = (
+        evaluated(tmp_path / "a", told([WRONG, WRONG], "clean")),
+        evaluated(tmp_path / "b", told([RIGHT, WRONG], "clean")),
+    )
+    found = compared(tmp_path, *runs)
+    rows = {(row["run"], row["set"]): row for row in found["scores"]}
+    assert list(rows) == [("a", "meld"), ("b", "meld"), ("a", "meld, clean"), ("a", "meld, shared"),
+                          ("b", "meld, clean"), ("b", "meld, shared")]  # fmt: skip
+    assert [rows["b", name]["n"] for name in ("meld", "meld, shared", "meld, clean")] == [8, 2, 6]
+    assert rows["b", "meld, clean"]["accuracy"] == 50.0
+    whole, clean, shared = found["significance"]
+    assert (whole["set"], clean["set"], shared["set"]) == ("meld", "meld, clean", "meld, shared")
+    assert (shared["won"], clean["won"]) == (1, 3)
+    assert whole["p_mcnemar_holm"] == whole["p_mcnemar"], "one test alone is a family of one"
+    assert shared["p_mcnemar_holm"] is None and clean["p_bootstrap_holm"] is None
+    # A system whose lines tell no parts, or one part only, is compared on whole sets.
+    third = evaluated(tmp_path / "c", told([RIGHT, WRONG], "shared"))
+    assert [row["set"] for row in compared(tmp_path, runs[0], third)["significance"]] == ["meld"]
+
+
 def test_holm_counts_sets_and_runs_but_not_the_row_over_all_sets(tmp_path):
     both = [
         *predictions("meld", {f"d{place}": [RIGHT, WRONG] for place in range(4)}),

@@ -9,6 +9,7 @@ from selfemo_jax.config_io import load_config, to_yaml
 from selfemo_jax.study import seeds as seeds_module
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.arm_tests import with_tests
+from selfemo_jax.study.reading import by_part, read_predictions
 from selfemo_jax.study.same_settings import check_made_by
 from tests.study.invented import NOTE, evaluated, predictions
 
@@ -54,6 +55,21 @@ def test_missing_seeds_are_trained_with_the_given_flags_and_finished_ones_are_ke
     assert row["t over seeds"] == [pytest.approx(60 - half, abs=1e-3), pytest.approx(60 + half, abs=1e-3)]
     assert row["seeds and dialogues"] == [pytest.approx(50.0), pytest.approx(70.0)]
     assert found["note"] == NOTE and NOTE in capsys.readouterr().out
+
+
+def test_seeds_are_aggregated_by_part_where_all_tell_it(tmp_path):
+    def lines(right):
+        return [line | {"part": "clean" if "/d0/" in line["id"] else "shared"} for line in answers(right)]
+
+    runs = [evaluated(tmp_path / str(n), lines(5 + n)) for n in range(2)]
+    systems = [read_predictions(run, split="test", name=run.name) for run in runs]
+    rows = seeds_module.seed_rows([by_part(one) for one in systems], num=100, mean=False)
+    accuracy = {row["set"]: row["mean"] for row in rows if row["score"] == "accuracy"}
+    assert accuracy == {"meld, shared": pytest.approx(55.0), "meld, clean": pytest.approx(55.0)}
+    found = seeds_module.rows_of([*systems, read_predictions(
+        evaluated(tmp_path / "old", answers(5)), split="test", name="old")], num=100)  # fmt: skip
+    assert {row["set"] for row in found} == {"meld"}, "a run without parts leaves the others whole"
+    assert {row["set"] for row in seeds_module.rows_of(systems, num=100)} == {"meld", *accuracy}
 
 
 def test_other_flags_are_no_seeds_of_the_same_runs(tmp_path, trained, capsys):
