@@ -12,7 +12,7 @@ from selfemo_jax.config_io import read_config
 from selfemo_jax.phases import Phase
 from tests import micro
 
-STEP = {"step", "phase", "phase_step", "time/step", "perf/tokens_per_s"}
+STEP = {"step", "phase", "phase_step", "time/step", "perf/tokens_per_s", "memory/host_peak_gib"}
 UPDATE = {"loss", "lr", "grad_norm"}
 REWARD = {"reward/r1", "reward/r2", "reward/total", "group/share_r2_only", "parse/valid"}
 RL = {"kl", "clip_fraction", "rollout_gap/mean"}
@@ -95,6 +95,7 @@ def test_scores_carry_the_note_of_a_plumbing_run(base, full):
         assert micro.NOTE in final["note"]
         assert final["splits"]["dev"]["note"] == final["note"]
         assert final["best"]["phase"] == "rl_final"
+        assert all("TF-IDF + LR" in final["splits"]["dev"]["yardsticks"][name] for name in SETS)
 
 
 def test_a_second_start_in_the_same_folder_is_refused(base, capsys):
