@@ -110,5 +110,5 @@ def run_data(train: Mapping[str, Sequence[Sample]]) -> RunData:
         personas={},
         majority={},
         fingerprint="",
-        report={"readers": {}},
+        report={"readers": {}, "parts": {"from": [], "unread": {}}},
     )
