@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +55,9 @@ class Outcome:
     synthetic: int
     """Synthetic inputs that the last phase could draw from."""
     note: str
+    seconds: float
+    """Of all its steps and of the scoring at its end, without the start of the process; what a stopped attempt
+    did is counted too."""
 
     def mean(self, metric: str) -> float:
         """Mean over the data sets."""
@@ -87,7 +89,6 @@ def main(args: argparse.Namespace) -> int:
     reference = reference_of(args.config_dir)
     folder = folder_of(reference, args.out)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    seconds = _recorded_seconds(folder)
     for seed, arm in itertools.product(range(args.seeds), arms):
         check_made_by(run_dir_of(folder, arm, seed), train_words(arm, seed, args.train_args))
     for seed in range(args.seeds):
@@ -95,16 +96,12 @@ def main(args: argparse.Namespace) -> int:
             run_dir = run_dir_of(folder, arm, seed)
             if outcome_of(run_dir, args.split) is None:
                 console.print(f"{arm.name}, seed {seed}: training in {run_dir}", highlight=False)
-                key = f"{arm.name}/{seed}"
-                seconds[key] = seconds.get(key, 0.0) + train(
-                    arm, seed, run_dir, args.train_args, compiled=folder / "compiled"
-                )
-                atomic_write(folder / "seconds.json", json.dumps(seconds, indent=1) + "\n")
+                train(arm, seed, run_dir, args.train_args, compiled=folder / "compiled")
     outcomes = {
         arm.name: [outcome_of(run_dir_of(folder, arm, seed), args.split) for seed in range(args.seeds)]
         for arm in arms
     }
-    rows = table_rows(arms, outcomes, seconds)
+    rows = table_rows(arms, outcomes)
     runs = {
         arm.name: {
             seed: run_dir_of(folder, arm, seed)
@@ -176,8 +173,8 @@ def train_words(arm: Arm, seed: int, further: Sequence[str]) -> list[str]:
     return ["--config", str(arm.path), f"--seed={seed}", *further]
 
 
-def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -> float:
-    """Train in a process of its own, going on where it was stopped; the seconds that it took.
+def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compiled: Path) -> None:
+    """Train in a process of its own, going on where it was stopped.
 
     ValueError where it fails; its output is in ``train.log`` beside the run's files.
     """
@@ -189,7 +186,6 @@ def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compile
         "JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
-    began = time.monotonic()
     with (run_dir / "train.log").open("a") as log:
         status = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, check=False, env=cache | os.environ
@@ -199,7 +195,6 @@ def train(arm: Arm, seed: int, run_dir: Path, further: Sequence[str], *, compile
             f"arm {arm.name}, seed {seed}: training ended with status {status}; its output is in "
             f"{run_dir / 'train.log'}; once that is mended, the command goes on from there"
         )
-    return time.monotonic() - began
 
 
 def outcome_of(run_dir: Path, split: str) -> Outcome | None:
@@ -217,13 +212,14 @@ def outcome_of(run_dir: Path, split: str) -> Outcome | None:
         scores=content["splits"][split]["sets"],
         synthetic=sum(harvest["training"] for harvest in harvests),
         note=content["note"],
+        seconds=_seconds_of_steps(run_dir)
+        + sum(scored.get("seconds", 0.0) for scored in content["splits"].values()),
     )
 
 
 def table_rows(
     arms: Sequence[Arm],
     outcomes: Mapping[str, Sequence[Outcome | None]],
-    seconds: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One flat row an arm: what it changes, accuracy in percent (mean and standard deviation over seeds) by
     data set and over them, difference of the mean to the reference, weighted F1, synthetic inputs."""
@@ -242,9 +238,7 @@ def table_rows(
         reference = row["mean"] if arm.name == REFERENCE else reference
         row["difference"] = None if reference is None else round(row["mean"] - reference, 2)
         row["w-F1"], row["w-F1 sd"] = _mean_sd([100 * outcome.mean("weighted_f1") for outcome in finished])
-        keys = [f"{arm.name}/{seed}" for seed in range(len(outcomes[arm.name]))]
-        spent = [seconds[key] for key in keys if key in seconds]
-        row["seconds a run"] = round(statistics.fmean(spent)) if spent else None
+        row["seconds a run"] = round(statistics.fmean(outcome.seconds for outcome in finished))
         rows.append(row)
     return rows
 
@@ -315,6 +309,9 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return round(statistics.fmean(values), 2), deviation
 
 
-def _recorded_seconds(folder: Path) -> dict[str, float]:
-    path = folder / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def _seconds_of_steps(run_dir: Path) -> float:
+    """Of the steps that count, and of those after the last checkpoint that a resume put aside."""
+    files = [run_dir / "metrics.jsonl", *run_dir.glob("orphaned/*/metrics.jsonl")]
+    # A killed process may leave half a line.
+    texts = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in files if path.exists()]
+    return sum(json.loads(line).get("time/step", 0.0) for lines in texts for line in lines)

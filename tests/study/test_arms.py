@@ -57,14 +57,16 @@ def result(accuracy: float, wf1: float = 0.5) -> dict:
     return {"accuracy": accuracy, "weighted_f1": wf1}
 
 
-def finished(run_dir, sets: dict, *, synthetic=(), note="plumbing run, not a result", split="test") -> None:
+def finished(
+    run_dir, sets: dict, *, synthetic=(), note="plumbing run, not a result", split="test", seconds=0.0
+) -> None:
     """What a run leaves behind, as far as the table reads it."""
     (run_dir / "eval").mkdir(parents=True)
     for place, number in enumerate(synthetic):
         folder = run_dir / "phases" / f"{place:02d}_harvest_{place}"
         folder.mkdir(parents=True)
         (folder / "harvest.json").write_text(json.dumps({"training": number}))
-    content = {"note": note, "splits": {split: {"sets": sets}}}
+    content = {"note": note, "splits": {split: {"sets": sets, "seconds": seconds}}}
     (run_dir / "eval" / "final.json").write_text(json.dumps(content))
 
 
@@ -81,8 +83,7 @@ def fake_training(monkeypatch, scores) -> list[tuple[str, int]]:
 
     def train(arm, seed, run_dir, further, *, compiled):
         trained.append((arm.name, seed))
-        finished(run_dir, scores(arm.name, seed), synthetic=(20, 30))
-        return 60.0 + seed
+        finished(run_dir, scores(arm.name, seed), synthetic=(20, 30), seconds=60.0 + seed)
 
     monkeypatch.setattr(arms_module, "train", train)
     return trained
@@ -231,10 +232,21 @@ def test_parts_of_a_set_have_rows_of_their_own(tmp_path):
     assert (clean["accuracy"], clean["accuracy sd"], clean["seeds"]) == (60.0, 14.14, 2)
 
 
+def test_the_seconds_of_a_run_count_what_stopped_attempts_did(tmp_path):
+    finished(tmp_path, {"meld": result(0.5)}, seconds=4.0)
+    aside = tmp_path / "orphaned" / "20261121T101112"
+    aside.mkdir(parents=True)
+    # Killed in its third step and gone on with from the first: the second was taken twice.
+    (aside / "metrics.jsonl").write_text('{"step": 2, "time/step": 0.5}\n{"step": 3, "ti')
+    steps = [{"step": step, "time/step": 10.0**step} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert outcome_of(tmp_path, "test").seconds == 1110 + 0.5 + 4
+
+
 def test_one_seed_has_no_deviation_and_an_arm_without_runs_no_row(tmp_path):
     config_files(tmp_path / "configs")
     arms = find_arms(tmp_path / "configs")
     finished(tmp_path / "run", {"meld": result(0.25)})
-    rows = table_rows(arms, {"full": [outcome_of(tmp_path / "run", "test")], "plain": [None]}, {})
+    rows = table_rows(arms, {"full": [outcome_of(tmp_path / "run", "test")], "plain": [None]})
     assert [row["arm"] for row in rows] == ["full"] and rows[0]["meld sd"] is None
     assert "| 25.00 |" in markdown("title", rows)
