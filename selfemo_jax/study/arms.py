@@ -56,8 +56,8 @@ class Outcome:
     """Synthetic inputs that the last phase could draw from."""
     note: str
     seconds: float
-    """Of all its steps and of the scoring at its end, without the start of the process; what a stopped attempt
-    did is counted too."""
+    """Of all its steps and of the scoring at its end, without the start of the process; those of stopped
+    attempts are counted too."""
 
     def mean(self, metric: str) -> float:
         """Mean over the data sets."""
