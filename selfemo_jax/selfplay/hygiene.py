@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from lingua import Language, LanguageDetector, LanguageDetectorBuilder
 from rensa import RMinHash, RMinHashLSH  # pyrefly: ignore[missing-module-attribute]
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 
 from selfemo_jax.data.grammar import BLOCKS
@@ -127,11 +128,12 @@ def repeats(replies: Sequence[str]) -> list[bool]:
     """
     if not replies:
         return []
-    found = CountVectorizer(analyzer=_letters, binary=True, dtype=np.float32).fit_transform(replies)
+    counted = CountVectorizer(analyzer=_letters, binary=True, dtype=np.float32).fit_transform(replies)
+    found = csr_matrix(counted)
     sizes, seen = np.asarray(found.sum(axis=1)).ravel(), []
     for start in range(0, len(replies), BLOCK):
-        block = found[start : start + BLOCK]
-        both = (block @ found[: start + BLOCK].T).toarray()
+        earlier = csr_matrix(found[: start + BLOCK])
+        both = csr_matrix(earlier[start:] @ earlier.T).toarray()
         alike = both >= ALIKE * (sizes[start : start + BLOCK, None] + sizes[None, : start + BLOCK] - both)
         seen += [bool(row[: start + place].any()) for place, row in enumerate(alike)]
     return seen
