@@ -137,6 +137,7 @@ def compile_steps(parts: Parts, optim: Optim, *, labels: LabelTable | None = Non
         freeze=config.model.freeze,
         lora=config.lora,
         labels=labels,
+        compile_ahead=config.batch.compile_ahead,
     )
 
 

@@ -3,7 +3,8 @@
 A step is a sum: `Steps.rl_gradients` and `Steps.sft_gradients` add one micro-batch's gradient and metric sums
 to what came before, and `Steps.apply` takes the optimizer step once. Every weight of a token was decided on
 the host for the whole mini-batch (`algo.losses.token_weights`), so micro-batches, rows and devices only add.
-All functions compile once: micro-batches have one shape. Shape letters: B rows, T tokens, V vocabulary.
+Micro-batches have one shape, so that a function compiles once, or once for each width of the output head that
+its rows ask for. Shape letters: B rows, T tokens, V vocabulary.
 """
 
 import functools
@@ -19,6 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selfemo_jax.algo.losses import largest_gap, policy_loss, rollout_gap, sft_loss
+from selfemo_jax.compile_ahead import Ahead
 from selfemo_jax.config import Loss, Optim
 from selfemo_jax.data.batching import PackedBatch, is_target, micro_batches, target_width
 from selfemo_jax.data.label_table import LabelTable
@@ -78,6 +80,8 @@ class Steps:
     logprobs: Callable[..., jax.Array]
     label_choices: Callable[[Params, dict[str, jax.Array]], jax.Array]
     """Index of the best label of the target's set at each position, int32 ``[B, T]``."""
+    at_width: Ahead
+    """Calls a function with a width, and compiles it for the others where that was asked for."""
 
 
 class NonFiniteError(RuntimeError):
@@ -121,12 +125,14 @@ def make_steps(
     freeze: Freeze | None = None,
     lora: Lora | None = None,
     labels: LabelTable | None = None,
+    compile_ahead: bool = False,
 ) -> Steps:
     """Compile-once functions of a phase. ``temperature`` is the sampler's; SFT uses 1.
 
     The logits budget is that of one device: its rows' float32 logits above it are computed in chunks.
     ``freeze`` names what has no gradient and no moments; ``lora`` with a rank takes policies with adapters
-    (`model/adapters.py`) and trains those alone; ``labels`` are what rows of labels choose among.
+    (`model/adapters.py`) and trains those alone; ``labels`` are what rows of labels choose among;
+    ``compile_ahead`` compiles for all widths of the output head with the first batch.
     """
     freeze = Freeze() if freeze is None else freeze
     labels = LabelTable(names=(), token_ids=(), sets=()) if labels is None else labels
@@ -316,6 +322,7 @@ def make_steps(
         apply=apply_to_adapters if with_adapters else apply,
         logprobs=logprobs,
         label_choices=label_choices,
+        at_width=Ahead(on=compile_ahead),
     )
 
 
@@ -337,15 +344,13 @@ def update(
     """
     accumulator, width = steps.zeros[kind](), target_width(batch)
     for part in micro_batches(batch, micro_rows=micro_rows):
-        on_mesh = device_batch(part, steps.mesh)
+        given = state.params, accumulator, device_batch(part, steps.mesh)
         if kind == "sft":
-            accumulator = steps.sft_gradients(state.params, accumulator, on_mesh, width=width)
+            accumulator = steps.at_width(steps.sft_gradients, *given, width=width)
         elif kind == "labels":
-            accumulator = steps.label_gradients(state.params, accumulator, on_mesh)
+            accumulator = steps.label_gradients(*given)
         else:
-            accumulator = steps.rl_gradients(
-                state.params, accumulator, on_mesh, on_policy=on_policy, width=width
-            )
+            accumulator = steps.at_width(steps.rl_gradients, *given, width=width, on_policy=on_policy)
     sums = accumulator.sums
     means = jax.tree.map(lambda pair: pair[0] / jnp.where(pair[1] > 0, pair[1], 1.0), sums)
     state, checks = steps.apply(state, accumulator, rate)
@@ -364,9 +369,10 @@ def sequence_logprobs(
 ) -> np.ndarray:
     """Log-probability of every target under ``params``, float32 ``[B, T]`` on the host, ``at_once``
     micro-batches in a pass: nothing is kept for a backward pass here."""
-    width = target_width(batch)
+    score = functools.partial(steps.at_width, steps.logprobs, params)
+    settings: Any = {"width": target_width(batch), "num_rows": (micro_rows, micro_rows * at_once)}
     parts = micro_batches(batch, micro_rows=micro_rows, at_once=at_once)
-    pending = [steps.logprobs(params, device_batch(part, steps.mesh), width=width) for part in parts]
+    pending = [score(device_batch(part, steps.mesh), **settings) for part in parts]
     return np.concatenate(jax.device_get(pending), axis=0)
 
 

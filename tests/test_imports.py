@@ -51,6 +51,7 @@ GROUPS = {
     "run_note": "config",
     "sinks": "runlog",
     "optimizer": "train_step",
+    "compile_ahead": "train_step",
 }
 ALGO_LIBRARIES = {"jax", "jaxtyping", "numpy"}
 """numpy for what is decided once on the host, as the weight of each target."""

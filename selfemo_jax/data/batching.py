@@ -199,12 +199,17 @@ def micro_batches(batch: PackedBatch, *, micro_rows: int, at_once: int = 1) -> I
 
 def target_width(batch: PackedBatch) -> int | None:
     """Positions of a row that the output head must look at: the most targets that any row has, rounded up to
-    an eighth, a quarter, a half or three quarters of a row, since each number is compiled for itself; None
-    where that is the whole row."""
-    row_tokens = batch.tokens.shape[1]
+    one of `target_widths`; None where that is the whole row."""
     most = int(is_target(batch.token_weights, batch.targets).sum(axis=1).max(initial=1))
-    allowed = (-(-row_tokens * eighths // 8) for eighths in (1, 2, 4, 6))
-    return next((width for width in allowed if most <= width < row_tokens), None)
+    widths = target_widths(batch.tokens.shape[1])
+    return next((width for width in widths if width is not None and most <= width), None)
+
+
+def target_widths(row_tokens: int) -> tuple[int | None, ...]:
+    """An eighth, a quarter, a half, three quarters of a row, and None, all of it: few, since each is compiled
+    for itself."""
+    parts = (-(-row_tokens * eighths // 8) for eighths in (1, 2, 4, 6))
+    return *dict.fromkeys(width for width in parts if width < row_tokens), None
 
 
 def is_target(token_weights: Any, targets: Any) -> Any:

@@ -77,7 +77,7 @@ class ModelSection:
     """Type in which the blocks' matrix products take their inputs, summed in float32; null: compute_dtype.
     bfloat16 beside a float32 compute_dtype is several times faster on a CPU with AMX."""
     logits_float32: bool = True
-    """Accumulate the output head's product in float32."""
+    """Take the output head's product of float32 inputs (TF32 on a GPU); false: of the type of the blocks'."""
     remat: Literal["none", "dots", "attention", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, all but attention, or whole
     blocks."""
@@ -121,6 +121,9 @@ class Batch:
     logprobs_at_once: Count = 1
     """Micro-batches that a pass for reference or old log-probs takes at once, which keeps nothing for a
     backward pass."""
+    compile_ahead: bool = False
+    """Compile the update for all widths of the output head with a phase's first batch, in place of each when
+    a batch first needs it: up to five times the time of compiling, and then no step that waits for it."""
     balance: bool = False
     """Give all rows, and so all devices, alike numbers of positions that see each other. It pays where
     `model.attention` is pallas, which alone skips the others."""
