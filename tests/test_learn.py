@@ -75,6 +75,7 @@ class Recorder:
 
     updates: list = field(default_factory=list)
     asked: list = field(default_factory=list)
+    at_once: list = field(default_factory=list)
 
     def update(self, steps, state, batch, **settings):
         self.updates.append((batch, settings))
@@ -82,6 +83,7 @@ class Recorder:
 
     def sequence_logprobs(self, steps, params, batch, *, micro_rows, at_once):
         self.asked.append(params)
+        self.at_once.append(at_once)
         return -np.float32(params) * batch.targets.astype(np.float32) / 100
 
 
@@ -110,6 +112,12 @@ def by_target(batch, name: str) -> dict[int, float]:
     ids = batch.targets[places].tolist()
     assert len(set(ids)) == len(ids)
     return dict(zip(ids, getattr(batch, name)[places].tolist(), strict=True))
+
+
+def test_passes_for_logprobs_are_as_wide_as_the_settings_say(recorder):
+    learned(settings(rl={"prompts_per_step": 4, "mini_prompts": 2}, batch={"logprobs_at_once": 3}))
+    # Of two mini-batches, the reference's and the old ones each.
+    assert recorder.at_once == [3] * 4
 
 
 def test_each_mini_batch_has_its_own_token_mean(recorder):

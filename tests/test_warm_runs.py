@@ -1,5 +1,6 @@
-"""After the first steps of its phases a run compiles nothing more."""
+"""After the first steps of its phases a run compiles nothing more; and it traces the steps it is told to."""
 
+from selfemo_jax.profiling import largest_items
 from tests import micro
 
 
@@ -15,7 +16,11 @@ def test_a_run_compiles_nothing_after_the_first_step_of_each_phase(tmp_path):
         "data.max_prompt": 128,
         "eval.every": 0,
     }
-    assert micro.run(tmp_path, *micro.random_settings(), *micro.flags(few)) == 0
+    words = [*micro.random_settings(), *micro.flags(few), "--profile_steps=2:3"]
+    assert micro.run(tmp_path, *words) == 0
+    # The trace of two steps among the others: written once, with what ran in them.
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    assert largest_items(tmp_path / "profile")
     by_phase: dict[str, list[float]] = {}
     for line in micro.metrics(tmp_path):
         by_phase.setdefault(line["phase"], []).append(line["compile/count"])
