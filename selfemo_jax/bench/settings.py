@@ -54,7 +54,8 @@ class BenchSettings:
     model: str = "small"
     """tiny, small, qwen3_0.6b, qwen3_4b, qwen3_8b: the shape of random weights."""
     dtype: str = "float32"
-    """Of activations and products, on both sides; master weights and moments are float32."""
+    """Of activations and products, the output head's too, on both sides; master weights and moments are
+    float32. A run in bfloat16 has such a head with `model.logits_float32: false`."""
     remat: str = "none"
     """What the backward pass recomputes: none or full, whole layers, on both sides; dots and attention
     (`model.remat` of a run) in JAX, with none in PyTorch."""
