@@ -5,7 +5,7 @@ A function of the update is compiled for each of the few widths that the output 
 without this a run compiles whenever it first meets one, which may be hours after it began.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class Ahead:
 
     def __call__(
         self,
-        function: Callable[..., Any],
+        function: jax.stages.Wrapped,
         *args: Any,
         width: int | None,
         num_rows: Sequence[int] = (),
