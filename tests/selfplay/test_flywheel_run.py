@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from selfemo_jax import lengths
 from selfemo_jax.selfplay.store import Store, read_store
 from tests import micro
 
@@ -26,7 +27,9 @@ def counts_agree(run_dir, folder: str, iteration: int) -> dict:
     return report
 
 
-def test_two_iterations_of_sft_and_rl_each_learn_from_what_was_played_before(tmp_path):
+def test_two_iterations_of_sft_and_rl_each_learn_from_what_was_played_before(tmp_path, monkeypatch):
+    # A quarter of the time of so small a run is the drawing of lengths, which has tests of its own.
+    monkeypatch.setattr(lengths, "picture", lambda content: b"")
     words = micro.settings(
         cold_start__source="none",
         data__sets="[sample/meld]",
