@@ -19,19 +19,15 @@ from selfemo_jax import extract
 from selfemo_jax.checkpoint import StateStore
 from selfemo_jax.config_io import parse_config
 from selfemo_jax.data.grammar import parse
-from selfemo_jax.model.decoder import Compute
-from selfemo_jax.model.sharding import make_mesh
-from selfemo_jax.parts import Parts
 from selfemo_jax.phases import Phase
 from selfemo_jax.run_data import load_data
-from selfemo_jax.run_experts import ask_experts, cold_inputs, needs_experts
+from selfemo_jax.run_experts import ask_experts, cold_inputs
 from selfemo_jax.run_inputs import encode_example, phase_examples
 from selfemo_jax.run_personas import persona_pieces, with_personas
 from selfemo_jax.run_resume import Stopped
 from tests import micro
 from tests.experts.chat_server import answered, requests, serving
 from tests.fabricated import codec, settings
-from tests.model.tiny import TINY
 
 COLD = Phase(index=0, kind="sft", name="cold", iteration=0, init="base", buffer=("original",))
 PARTS = SimpleNamespace(codec=codec())
@@ -196,68 +192,6 @@ def test_no_persona_at_all_is_an_error_that_says_why(tmp_path):
         with pytest.raises(ValueError, match="no answer could be read; .* have none .*no closed code block"):
             asked(settings_, load_data(settings_), tmp_path)
     assert "no closed code block" in (tmp_path / "personas.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("sections", "needed"),
-    [
-        ({"phases": "none", "cold_start": {"source": "expert"}, "persona": {"source": "expert"}}, False),
-        ({"phases": "none", "persona": {"source": "expert", "scope": "history", "splits": ["test"]},
-          "eval": {"persona": "given"}}, True),
-        ({"phases": "cold", "cold_start": {"source": "mixed"}}, True),
-        ({"phases": "cold", "persona": {"source": "expert"}}, True),
-        ({"cold_start": {"source": "expert"}}, True),
-        # No phase of this arm starts from the cold start.
-        ({"cold_start": {"source": "expert"}, "model": {"path": "x"},
-          "flywheel": {"control": "all_original", "retrain": {"init": "base"}}}, False),
-    ],
-)  # fmt: skip
-def test_nobody_is_paid_for_what_no_phase_uses(sections, needed):
-    assert needs_experts(config(**sections)) is needed
-
-
-def test_cold_start_answers_that_no_phase_learns_are_not_asked_beside_personas(tmp_path):
-    log = tmp_path / "log"
-    with serving(log) as url:
-        settings_ = config(
-            url, persona={"source": "expert"}, cold_start={"source": "mixed"}, model={"path": "x"},
-            flywheel={"control": "all_original", "retrain": {"init": "base"}},
-        )  # fmt: skip
-        data = asked(settings_, load_data(settings_), tmp_path)
-    assert len(requests(log)) == len({sample.root_id for sample in data.all_train()})
-    assert not (tmp_path / "cold_start.jsonl").exists()
-
-
-def policy_parts(config_, model) -> Parts:
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tp": 1})
-    return Parts(
-        config=config_, mesh=mesh, codec=codec(), tokenizer_folder=Path(), model=model, compute=Compute(),
-        note="", notices=(),
-    )  # fmt: skip
-
-
-def test_a_policy_without_room_for_a_question_is_refused_before_it_is_asked(tmp_path):
-    settings_ = config(persona={"source": "expert"}, expert={"endpoints": [{"name": "me", "kind": "policy"}]})
-    parts = policy_parts(settings_, replace(TINY, max_positions=768))
-    with pytest.raises(ValueError, match=r"expert me: .*768 tokens .*max_tokens is 1024, which leaves -256"):
-        ask_experts(settings_, parts, load_data(settings_), tmp_path, lambda text: None)
-
-
-def test_the_policy_answers_though_training_replays_recorded_rollouts(tmp_path):
-    mine = {"endpoints": [{"name": "me", "kind": "policy"}], "max_tokens": 4}
-    settings_ = config(
-        persona={"source": "expert"},
-        expert=mine,
-        rollout={"replay": str(tmp_path / "elsewhere")},
-        data={"max_items": 4},
-    )
-    vocab = -(-codec().vocab_size // 128) * 128
-    parts = policy_parts(settings_, replace(TINY, vocab_size=vocab, num_layers=1))
-    # Four tokens of random weights are no persona: it was asked, and said something.
-    with pytest.raises(ValueError, match="no answer could be read; .*there is no closed code block"):
-        ask_experts(settings_, parts, load_data(settings_), tmp_path, lambda text: None)
-    lines = list(map(json.loads, (tmp_path / "experts.jsonl").read_text().splitlines()))
-    assert lines and all(line["usage"]["completion_tokens"] >= 1 and not line["refused"] for line in lines)
 
 
 def test_a_second_start_asks_nothing_and_finds_the_same_data(tmp_path):
