@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +33,7 @@ SMALL = ModelConfig(
     architecture="qwen3", vocab_size=512, embed_dim=128, mlp_dim=256, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=32, rope_theta=1e4, tie_embeddings=True, max_positions=256,
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 ONE = {"data": 1, "fsdp": 1, "tp": 1}
 EIGHT = {"data": 1, "fsdp": 8, "tp": 1}
 
@@ -118,6 +123,8 @@ def test_the_search_finds_the_last_size_that_fits():
 def test_recomputing_more_keeps_less_and_costs_time():
     model, config = published_shape("qwen3-0.6b"), read_config(config_folder() / "qwen3_4b.yaml")
     device, work = plan_device("h100"), Workload(prompt_tokens=300, completion_tokens=1200)
+    # Passes for log-probs, which keep nothing, would be the worst moment of the smallest.
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, logprobs_at_once=1))
     sizes, seconds = [], []
     for remat in ("none", "dots", "attention", "full"):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
@@ -343,6 +350,30 @@ def test_the_formulas_are_near_the_compiled_step(compiled):
     assert memory.accumulator == pytest.approx(step.accumulator, abs=256)
     assert memory.batch == step.batch
     assert plan.formula_error is not None and abs(plan.formula_error) < 0.16
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak starts anew there"
+)
+@pytest.mark.parametrize(
+    ("model", "batch", "worst"),
+    [
+        ({"attention": "dense"}, {"micro_rows": 4}, "update"),
+        ({"attention": "dense", "remat": "full"}, {"micro_rows": 2, "logprobs_at_once": 8}, "logprobs"),
+    ],
+)
+def test_an_update_takes_what_was_planned(tmp_path, model, batch, worst):
+    """Some hundred MiB, most of them temporaries: measured from the system's own count of this process."""
+    settings_of_libc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "JAX_PLATFORMS": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-m", "tests.plan_worker", str(tmp_path), json.dumps(model), json.dumps(batch)]
+    done = subprocess.run(
+        command, env=environment | settings_of_libc | {"XLA_FLAGS": ""}, cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["worst"] == worst and found["planned"] > 2 * found["held"], found
+    assert found["measured"] == pytest.approx(found["planned"], rel=0.1), found
 
 
 def test_weights_that_are_split_are_gathered(compiled):

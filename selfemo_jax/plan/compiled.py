@@ -62,15 +62,19 @@ class CompiledStep:
         """One of them."""
         return next(program for program in self.programs if program.name == name)
 
-    def peak(self, *, reference: float = 0.0, engine: float = 0.0) -> float:
-        """Bytes at the worst moment: each function with what lies beside its arguments."""
+    def peaks(self, *, reference: float = 0.0) -> dict[str, float]:
+        """Bytes while each function runs, with what lies beside its arguments."""
         beside = {
             # The gradient function is given the weights and the accumulator, not the moments.
             "update": self.optimizer + reference,
             "optimizer": reference,
             "logprobs": self.optimizer + reference,
         }
-        return max(program.total + beside[program.name] for program in self.programs) + engine
+        return {program.name: program.total + beside[program.name] for program in self.programs}
+
+    def peak(self, *, reference: float = 0.0, engine: float = 0.0) -> float:
+        """Bytes at the worst moment."""
+        return max(self.peaks(reference=reference).values()) + engine
 
 
 def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep:
