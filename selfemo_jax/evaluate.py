@@ -31,6 +31,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.config_io import Command, Flag, config_folder, load_config, read_config
 from selfemo_jax.evaluation.answers import Answers, policy_answers
 from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
+from selfemo_jax.evaluation.rewards import single_reward, write_groups
 from selfemo_jax.evaluation.samples import score_samples
 from selfemo_jax.evaluation.tables import print_all
 from selfemo_jax.evaluation.yardsticks import yardsticks
@@ -108,12 +109,17 @@ def evaluate_splits(
         if answers is not None:
             started = time.perf_counter()
             predictions = _written(answers.greedy(samples), folder / f"{split}_predictions.jsonl", data.parts)
+            found["persona"] = answers.config.eval.persona
             found["seconds"] = time.perf_counter() - started
             found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
             found["speed"] = _speed(predictions, found["seconds"])
+            drawn = folder / f"{split}_samples.jsonl"
+            # Those of an earlier evaluation are not of these scores.
+            drawn.unlink(missing_ok=True)
             if num_samples:
                 groups = list(answers.sampled(samples, num_samples))
                 found["samples"] = score_samples(groups, data.label_sets)
+                found["reward"] = write_groups(drawn, groups, answers.config, data.parts)
         if split in measured:
             found["yardsticks"] = measured[split]
         results[split] = found
@@ -134,7 +140,8 @@ def _written(
     done: list[Prediction] = []
     with AppendLog(part) as log:
         for prediction in predictions:
-            log.append(prediction.to_json(parts.get(prediction.sample.root_id, "")))
+            line = prediction.to_json(parts.get(prediction.sample.root_id, ""))
+            log.append(line | {"r1": single_reward(prediction)})
             done.append(prediction)
     part.replace(path)
     return done

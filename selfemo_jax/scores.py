@@ -49,6 +49,7 @@ class Prediction:
             "id": self.sample.id,
             "dataset": self.sample.dataset,
             **({"part": part} if part else {}),
+            "responder": self.sample.responder,
             "gold": gold_label(self.sample),
             "prediction": self.label,
             "lenient": self.lenient,

@@ -20,6 +20,8 @@ class Answers:
     greedy: Callable[[Sequence[Sample]], Iterable[Prediction]]
     sampled: Callable[[Sequence[Sample], int], Iterable[Sequence[Prediction]]]
     """That many answers to each input."""
+    config: Config
+    """The settings that they are given under."""
 
 
 def policy_answers(
@@ -36,6 +38,7 @@ def policy_answers(
     return Answers(
         greedy=functools.partial(_greedy, **settings, say=say, between=between),
         sampled=functools.partial(_sampled, **settings),
+        config=config,
     )
 
 

@@ -54,7 +54,7 @@ class EndpointAnswers:
 
     def answers(self) -> Answers:
         """As `evaluate` takes them."""
-        return Answers(greedy=self.greedy, sampled=self.sampled)
+        return Answers(greedy=self.greedy, sampled=self.sampled, config=self._config)
 
     def greedy(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
         """One answer each at temperature 0."""

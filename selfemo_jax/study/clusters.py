@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--personas", type=Path, help="JSON lines with root, speaker and persona, in place of it"
     )
+    words = "splits whose personas are clustered: train, and dev or test where their inputs have any"
+    parser.add_argument("--splits", nargs="+", default=["train"], help=words)
     parser.add_argument("--checkpoint", help="policy that embeds the sentences; default: TF-IDF and an SVD")
     parser.add_argument("--min-cluster-size", type=int, default=50, help="personas of a cluster at least")
     parser.add_argument("--min-samples", type=int, default=10, help="neighbours that make a point dense")
@@ -80,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     """Cluster, print the counts, write ``clusters.json``, ``personas.jsonl`` and ``clusters.png``."""
     if (args.run is None) == (args.personas is None):
         raise ValueError("name either --run or --personas")
-    found = read_personas(args.personas) if args.personas else personas_of_run(args.run)
+    found = read_personas(args.personas) if args.personas else personas_of_run(args.run, splits=args.splits)
     out = args.out or (args.run / "study" if args.run else args.personas.parent / "study")
     masked = mask_names(found)
     if args.checkpoint:
@@ -111,11 +113,12 @@ def read_personas(path: Path) -> list[Persona]:
     return found
 
 
-def personas_of_run(run_dir: Path) -> list[Persona]:
-    """The personas of a run's training dialogues: those that experts wrote for it, else the data's own.
+def personas_of_run(run_dir: Path, *, splits: Sequence[str] = ("train",)) -> list[Persona]:
+    """The personas of a run's dialogues: those that experts wrote for it, else the data's own.
 
-    One sentence for each speaker of a dialogue, the one that self-play told the policy, however many pieces
-    of the dialogue the experts read.
+    One sentence for each speaker of a dialogue, however many pieces of the dialogue the experts read: in
+    training dialogues the one that self-play told the policy, in evaluation splits, where only those who
+    respond are described, the first, which knows least of what is said later.
     """
     from selfemo_jax.config_io import read_config
     from selfemo_jax.run_data import load_data
@@ -124,16 +127,27 @@ def personas_of_run(run_dir: Path) -> list[Persona]:
     if not (run_dir / "config.yaml").exists():
         raise ValueError(f"--run {run_dir}: no run is there; expected its config.yaml")
     config = replace(read_config(run_dir / "config.yaml"), run_dir=str(run_dir))
-    by_root = with_personas(config, load_data(config), split="train").personas
-    found = [
-        Persona(root=root, speaker=speaker, sentence=sentence)
-        for root, personas in by_root.items()
-        for speaker, sentence in personas.items()
-    ]
-    if not found:
-        raise ValueError(
-            f"{run_dir}: its data has no personas; persona.source expert lets a model write them"
-        )
+    data = load_data(config)
+    found = []
+    for split in dict.fromkeys(splits):
+        told = with_personas(config, data, split=split)
+        by_speaker: dict[tuple[str, str], str] = {}
+        if split == "train":
+            for root, personas in told.personas.items():
+                by_speaker |= {(root, speaker): sentence for speaker, sentence in personas.items()}
+        else:
+            for sample in told.split(split):
+                if sample.persona:
+                    by_speaker.setdefault((sample.root_id, sample.responder), sample.persona)
+        if not by_speaker:
+            advice = "persona.source expert lets a model write them"
+            if split != "train":
+                advice += f" of the splits in persona.splits, now {', '.join(config.persona.splits)}"
+            raise ValueError(f"{run_dir}: its {split} data has no personas; {advice}")
+        found += [
+            Persona(root=root, speaker=speaker, sentence=sentence)
+            for (root, speaker), sentence in by_speaker.items()
+        ]
     return found
 
 
