@@ -156,3 +156,27 @@ def write_clusters(folder: Path, personas: str) -> None:
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_phase(
+    folder: Path, name: str, said: Sequence[tuple[str, str | None]], dataset: str = "tiny"
+) -> None:
+    """A finished phase that left its answers to dev: (gold, predicted) of each input."""
+    lines = [
+        {"id": f"{dataset}/dev/d{place}/0", "dataset": dataset, "gold": gold, "prediction": label}
+        for place, (gold, label) in enumerate(said)
+    ]
+    path = folder / "phases" / name / "dev_predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    write(folder / "phases" / name / "DONE", "")
+
+
+def write_changes(folder: Path) -> None:
+    """Two phases: of ten inputs of gold anger two are read as joy at the end of the first, nine of the
+    second, and one angry answer to gold joy became right."""
+    gold = [("anger", "anger")] * 8 + [("anger", "joy")] * 2
+    write_phase(folder, "00_cold", [*gold, ("joy", "anger"), ("joy", None)])
+    later = [("anger", "anger"), *[("anger", "joy")] * 9]
+    write_phase(folder, "01_rl_1", [*later, ("joy", "joy"), ("joy", None)])
