@@ -17,6 +17,8 @@ from selfemo_jax.distributed import barrier, is_first
 
 BASE = "base"
 ORIGINAL = "original"
+SELFEMO = "selfemo"
+"""The held-out synthetic inputs, where they are scored or answered as a split."""
 DONE = "DONE"
 
 

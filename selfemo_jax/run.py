@@ -30,10 +30,10 @@ from selfemo_jax.rollout.engine import Request, Sampling
 from selfemo_jax.rollout.gap import check_gap
 from selfemo_jax.rollout.records import prune, save_groups, save_texts
 from selfemo_jax.rollout.stream import Rollouts, rollout_stream, sampling_seed
-from selfemo_jax.run_data import RunData, fixed_subset
+from selfemo_jax.run_data import RunData
 from selfemo_jax.run_hosts import SharedStore
 from selfemo_jax.run_resume import At, Stopped, check_same_data, newest_point, stop_check, take_back
-from selfemo_jax.run_scores import dev_metrics, score_whole_splits
+from selfemo_jax.run_scores import dev_metrics, dev_subset, score_whole_splits
 from selfemo_jax.run_steps import StepWatch
 from selfemo_jax.run_weights import adapted_weights, best_kept, save_policy, weights_folder, weights_named
 from selfemo_jax.runlog import RunLog
@@ -75,8 +75,7 @@ class Run:
         self._best_dir = self.dir / "checkpoints" / "best"
         states, saving = self.dir / "checkpoints" / "states", config.checkpoint
         self._store = StateStore(states, keep=saving.keep, asynchronous=saving.asynchronous)
-        dev = data.split(config.data.dev_split)
-        self._dev = fixed_subset(dev, config.eval.max_items, seed=config.seed, purpose="dev")
+        self._dev = dev_subset(data, config)
         self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
         self._table = label_phase.table_of(data, parts.codec, config)
         self.encode_example = run_inputs.example_encoder(parts.codec, config, self._table)
@@ -354,7 +353,7 @@ class Run:
                     steps, params, dev, self._table, self.data.label_sets, self.codec, self.config
                 )
         with self.timer("eval"):
-            metrics = dev_metrics(self.engine, self._dev, self.parts, self.data)
+            metrics = dev_metrics(self.engine, self._dev, self.parts, self.data, phase, records=self._records)
         value = metrics["dev/wf1"]
         if phase == self.plan[-1] and (self._best is None or value > self._best["dev/wf1"]):
             self._best = {"dev/wf1": value, "global_step": self.global_step, "phase": phase.name}

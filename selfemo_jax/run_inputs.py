@@ -13,7 +13,7 @@ from selfemo_jax.data.inputs import Sample, shuffle_gold
 from selfemo_jax.data.label_rows import Answered, LabelTable
 from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
-from selfemo_jax.phases import ORIGINAL, Phase
+from selfemo_jax.phases import ORIGINAL, SELFEMO, Phase
 from selfemo_jax.rollout.engine import Request
 from selfemo_jax.rollout.stream import make_requests
 from selfemo_jax.run_data import RunData, by_dataset, fixed_subset
@@ -58,6 +58,17 @@ def synthetic_inputs(
     if wheel.control == "shuffled_labels":
         training = list(shuffle_gold(training, config.seed))
     return tuple(training), tuple(held)
+
+
+def heldout_inputs(
+    phase: Phase, records: Callable[[], Iterable[Mapping[str, Any]]], config: Config
+) -> tuple[Sample, ...]:
+    """The synthetic inputs held out of the harvests that the phase learns from, at most `eval.max_items`
+    fixed by the seed; none without `eval.selfemo`. ``records`` reads the lines of ``flywheel.jsonl``."""
+    if not config.eval.selfemo or not _iterations(phase):
+        return ()
+    _, held = synthetic_inputs(phase, records(), config)
+    return fixed_subset(held, config.eval.max_items, seed=config.seed, purpose=SELFEMO)
 
 
 def phase_inputs(

@@ -14,6 +14,9 @@ class Eval:
     """Steps between dev scores; 0: only at the end of a phase."""
     max_items: Count = 500
     """Dev inputs per score during training, fixed by the seed."""
+    selfemo: bool = False
+    """Score the held-out synthetic inputs (`flywheel.heldout`) too, as many at most, in the phases after a
+    harvest: `dev/selfemo/...`. Their gold was declared by the policy; no checkpoint is chosen by them."""
     persona: Literal["none", "given"] = "none"
     """Leave persona and theme out at evaluation, or give them where the data has them or experts made them of
     each history; the theme of a whole dialogue, which tells what is said later, is never given."""

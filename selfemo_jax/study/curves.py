@@ -9,7 +9,9 @@ first point is the last dev score of the phase whose weights it starts from. Of 
 (last less first), its rank correlation with the step, and its roughness: the standard deviation of the
 changes from one score to the next, divided by the curve's range. A smooth rise of n points has a small
 roughness; pure noise has one of about 0.5. Dev accuracy is set against dev r1 and against the training reward
-by Spearman's rank correlation.
+by Spearman's rank correlation. With `eval.selfemo` a curve of its own, ``selfemo``, is over the synthetic
+inputs that were held out: their gold was declared by the policy, so they are part of no mean, and as every
+harvest adds some, the curve is of the last phase that has them.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from selfemo_jax.config_io import read_config
-from selfemo_jax.phases import Phase, plan
+from selfemo_jax.phases import SELFEMO, Phase, plan
 from selfemo_jax.study import showing
 from selfemo_jax.study.reading import joined_notes, read_metrics, run_note, short_names
 
@@ -148,7 +150,7 @@ def dev_curves(training: Training) -> list[Curve]:
     scored = [line for line in training.lines if "dev/wf1" in line]
     steps = np.array([line["step"] for line in scored])
     names = [name.split("/") for line in scored for name in line if name.startswith("dev/")]
-    sets = sorted({parts[1] for parts in names if len(parts) == 3})
+    sets = sorted({parts[1] for parts in names if len(parts) == 3} - {SELFEMO})
     curves = []
     for score in ("accuracy", "r1", "wf1"):
         per_set = np.array([[line.get(f"dev/{name}/{score}", np.nan) for line in scored] for name in sets])
@@ -156,7 +158,25 @@ def dev_curves(training: Training) -> list[Curve]:
             known = ~np.isnan(values)
             curves.append(Curve(name=f"{name} {score}", steps=steps[known], values=values[known]))
         curves.append(Curve(name=f"mean {score}", steps=steps, values=np.nanmean(per_set, axis=0)))
-    return curves
+    return curves + _selfemo_curves(scored)
+
+
+def _selfemo_curves(scored: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Accuracy and r1 on the held-out synthetic inputs, where the last phase that has them was scored twice
+    or more."""
+    held = [line for line in scored if f"dev/{SELFEMO}/accuracy" in line]
+    held = [line for line in held if line["phase"] == held[-1]["phase"]]
+    if len(held) < 2:
+        return []
+    steps = np.array([line["step"] for line in held])
+    return [
+        Curve(
+            name=f"{SELFEMO} {score}",
+            steps=steps,
+            values=np.array([line[f"dev/{SELFEMO}/{score}"] for line in held]),
+        )
+        for score in SHOWN
+    ]
 
 
 def described(curve: Curve) -> dict[str, Any]:

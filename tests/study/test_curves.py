@@ -124,6 +124,33 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert (run / "study" / "curves.png").stat().st_size > 1000
 
 
+def test_held_out_inputs_of_self_play_are_a_curve_of_the_last_phase_and_in_no_mean(tmp_path, capsys):
+    """Another harvest adds other inputs: what was scored before does not compare."""
+    lines = [line(n, "rl_1" if n < 4 else "rl_final", r1=0.1, dev=0.1 * n) for n in range(1, 8)]
+    for n, found in enumerate(lines, start=1):
+        if n > 2:
+            found |= {"dev/selfemo/accuracy": 1 - 0.1 * n, "dev/selfemo/r1": 0.5, "dev/selfemo/num": 9.0}
+    run = run_folder(tmp_path / "run", lines)
+    found = points(run, curve="selfemo accuracy")["rl_1", "rl_final"]
+    assert found == ([4, 5, 6, 7], pytest.approx([0.6, 0.5, 0.4, 0.3]))
+    assert points(run, curve="mean accuracy")["rl_1", "rl_final"][1] == pytest.approx(
+        [0.1 * n for n in range(1, 8)]
+    )
+    assert main(["curves", str(run)]) == 0
+    written = json.loads((run / "study" / "curves.json").read_text())
+    row = next(row for row in written["curves"] if row["curve"] == "selfemo accuracy")
+    assert (row["points"], row["difference"]) == (4, pytest.approx(-30))
+    assert {row["set"] for row in written["agreement"]} == {"meld", "mean", "selfemo"}
+    # One score is no curve.
+    few = run_folder(tmp_path / "few", [*lines[:2], *lines[5:]])
+    few_lines = [json.loads(one) for one in (few / "metrics.jsonl").read_text().splitlines()]
+    few_lines[-1] = {key: value for key, value in few_lines[-1].items() if "selfemo" not in key}
+    run_folder(few, few_lines)
+    assert not any(
+        curve.name.startswith("selfemo") for one in trainings(few, None) for curve in dev_curves(one)
+    )
+
+
 def test_a_phase_with_too_few_scores_is_left_out_and_named(tmp_path, capsys):
     run = run_folder(tmp_path / "run", LINES, init="base")
     assert main(["curves", str(run)]) == 0

@@ -16,9 +16,10 @@ function tone(name) {
 const CHARTS = [
   ["Scores on dev", [
     ["Weighted F1 on dev (strict)", /^dev\/(.+\/)?wf1$/],
-    ["Accuracy on dev", /^dev\/.+\/accuracy$/],
-    ["Reward r1 on dev, greedy", /^dev\/.+\/r1$/],
-    ["Invalid answers on dev", /^dev\/.+\/invalid$/],
+    ["Accuracy on dev", /^dev\/(?!selfemo\/).+\/accuracy$/],
+    ["Reward r1 on dev, greedy", /^dev\/(?!selfemo\/).+\/r1$/],
+    ["Invalid answers on dev", /^dev\/(?!selfemo\/).+\/invalid$/],
+    ["Held-out self-play inputs (gold declared by the policy), greedy", /^dev\/selfemo\/(accuracy|r1|invalid)$/],
   ]],
   ["Reward parts", [
     ["Reward and its parts", ["reward/total", "reward/r1", "reward/r2", "reward/lambda"]],
@@ -40,7 +41,11 @@ const CHARTS = [
     ["Tokens of a completion", ["completion/tokens_mean", "completion/tokens_max"]],
     ["Labels of an answer", ["answer/num_labels"]],
   ]],
-  ["Entropy", [["Entropy of the policy, nats a token", /^entropy/]]],
+  ["Entropy", [
+    ["Entropy of the policy, nats a token", /^entropy/],
+    ["Replies: different words and pairs of words, share", /^reply\/distinct/],
+    ["Replies: self-BLEU, 1 where all are alike", /^reply\/self_bleu/],
+  ]],
   ["Drift", [
     ["KL to the frozen reference", ["kl"]],
     ["Step of the policy inside a batch", ["ppo_kl", "clip_fraction", "clip_fraction_dual"]],
