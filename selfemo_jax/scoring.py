@@ -34,6 +34,7 @@ from selfemo_jax.algo.rewards import (
 )
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.diversity import distinct, self_bleu
 from selfemo_jax.data.grammar import Answer, parse
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array, similarity_array
@@ -208,7 +209,7 @@ def score_groups(
     arrays = {name: computed.pop(name) for name in ("r1", "r2", "rewards", "advantages")}
     metrics = {name: float(value) for name, value in computed.items()}
     metrics |= _summary(arrays, present, valid, answers, groups)
-    metrics |= _collapse(samples, distribution)
+    metrics |= _collapse(samples, distribution) | _variety(answers)
     if (wrong := valid & present & (named_gold == 0)).any():
         metrics["reward/r2_of_wrong"] = float(arrays["r2"][wrong].mean())
     return Scored(
@@ -259,6 +260,21 @@ def _collapse(samples: Sequence[Sample], distribution: np.ndarray) -> dict[str, 
             entropy = _collapse_entropy(np.where(rows[:, None], distribution, 0.0))
             metrics[f"group/collapse_entropy/{name}"] = float(entropy)
     return metrics
+
+
+def _variety(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+    """How varied the replies of the valid answers are: different word n-grams over all, and self-BLEU among
+    all replies of the step and among those of one group; what is not defined is left out."""
+    said = [(p, one.response) for p, row in enumerate(answers) for one in row if one.valid]
+    if not said:
+        return {}
+    groups, replies = zip(*said, strict=True)
+    found = {f"reply/distinct_{n}": distinct(replies, n) for n in (1, 2)}
+    for name, of in (("self_bleu", None), ("self_bleu_in_group", groups)):
+        alike = self_bleu(replies, of)
+        if not np.isnan(alike).all():
+            found[f"reply/{name}"] = float(np.nanmean(alike))
+    return found
 
 
 def _by_origin(samples: Sequence[Sample], r1: np.ndarray, present: np.ndarray) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """From groups of completions to rewards and advantages, against numbers worked by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -198,6 +200,23 @@ def test_the_entropy_of_what_groups_agree_on_is_told_by_data_set():
     assert found["group/collapse_entropy/iemocap"] == pytest.approx(expected, abs=1e-5)
     collapsed = scored(settings(), samples[2:], [group("c", [text([("joy", 1.0)])] * 4)]).metrics
     assert collapsed["group/collapse_entropy/meld"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_variety_of_replies_is_that_of_valid_answers():
+    says = functools.partial(text, [("joy", 1.0)])
+    groups = [
+        group("a", [says(reply="We row home."), says(reply="we row home"), MALFORMED, MALFORMED]),
+        group("b", [says(reply="Never!"), MALFORMED, MALFORMED, MALFORMED]),
+    ]
+    found = scored(settings(), [sample(n, gold={"joy": 1.0}) for n in range(2)], groups).metrics
+    # Words: we, row, home twice and never; pairs: two, each twice.
+    assert found["reply/distinct_1"] == pytest.approx(4 / 7)
+    assert found["reply/distinct_2"] == pytest.approx(2 / 4)
+    # Two are alike and one is like none; that one is alone in its group.
+    assert found["reply/self_bleu"] == pytest.approx(2 / 3)
+    assert found["reply/self_bleu_in_group"] == pytest.approx(1.0)
+    none = scored(settings(), [sample(gold={"joy": 1.0})], [group("a", [MALFORMED] * 4)]).metrics
+    assert not any(name.startswith("reply/") for name in none)
 
 
 def test_the_consensus_reward_of_wrong_answers_is_told_where_there_are_any():

@@ -8,7 +8,7 @@ those labels back, so it is measured after each harvest, and can stop a run.
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from scipy.spatial.distance import jensenshannon
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.dialogues import heaviest_label
+from selfemo_jax.data.diversity import distinct
 from selfemo_jax.data.inputs import Sample
-from selfemo_jax.selfplay.hygiene import words
 from selfemo_jax.selfplay.selection import Selection, Shares, label_shares
 
 Record = Mapping[str, Any]
@@ -128,15 +128,6 @@ def reply_statistics(replies: Sequence[str]) -> dict[str, float]:
         "distinct_1": distinct(replies, 1),
         "distinct_2": distinct(replies, 2),
     }
-
-
-def distinct(replies: Iterable[str], n: int) -> float:
-    """Share of word n-grams of all replies together that are different; 0 without any."""
-    grams: Counter = Counter()
-    for reply in replies:
-        found = words(reply)
-        grams.update(zip(*(found[place:] for place in range(n)), strict=False))
-    return len(grams) / grams.total() if grams else 0.0
 
 
 def largest_ratio(found: Shares, human: Shares) -> float | None:

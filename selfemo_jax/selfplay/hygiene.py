@@ -15,6 +15,7 @@ from rensa import RMinHash, RMinHashLSH  # pyrefly: ignore[missing-module-attrib
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 
+from selfemo_jax.data.diversity import words
 from selfemo_jax.data.grammar import BLOCKS
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.settings.selfplay import Hygiene
@@ -100,12 +101,6 @@ def is_foreign(text: str, language: str) -> bool:
         return False
     expected = _language(language)
     return _detector(language).compute_language_confidence(text, expected) < FOREIGN
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Its words in lower case, without punctuation."""
-    kept = "".join(character if character.isalnum() else " " for character in text.lower())
-    return tuple(kept.split())
 
 
 def trigrams(text: str) -> frozenset[str]:

@@ -9,6 +9,9 @@ every phase, spread evenly over its RL steps; ``sampled`` lets each phase's weig
 (``--split``; ``selfemo`` are the run's held-out synthetic ones, as in the paper) at the rollout temperature,
 which is the policy's own entropy on data that it was not trained on. Only answers inside the grammar have
 parts; how many there are is told. Intervals draw dialogues.
+(c) How varied the replies of each RL step were: different word n-grams (distinct-1, distinct-2) and self-BLEU
+among all replies of the step and among those to one input, where 1 says that all are alike. An entropy that
+falls while these stay is confidence; one that falls with them is collapse.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from selfemo_jax.config import Config
 from selfemo_jax.data.grammar import parse
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.parts import Parts, build_parts, make_engine, weights_of
+from selfemo_jax.phases import SELFEMO
 from selfemo_jax.rollout.engine import Completion, Request, Sampling
 from selfemo_jax.rollout.records import load_groups
 from selfemo_jax.study import showing
@@ -32,7 +36,7 @@ from selfemo_jax.study.significance import estimate, mean_of_sums, sums_by_dialo
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
 
-SELFEMO = "selfemo"
+VARIETY = ("reply/distinct_1", "reply/distinct_2", "reply/self_bleu", "reply/self_bleu_in_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
     lines = [line for line in read_metrics(args.run) if "entropy" in line and "reward/r1" in line]
     if not lines:
         raise ValueError(f"{args.run}: no RL step logged an entropy")
-    steps = phase_rows(stretches(args.run))
+    groups = stretches(args.run)
+    steps, variety = phase_rows(groups), variety_rows(groups)
     rows = part_rows(args)
     note = run_note(args.run)
     titles = (
@@ -73,10 +78,21 @@ def main(args: argparse.Namespace) -> int:
         showing.titled(f"mean token entropy by part of the answer, nats, {args.answers} answers", note),
     )
     showing.print_table(titles[0], steps)
+    if variety:
+        showing.print_table(showing.titled("variety of the replies over RL steps", note), variety)
+    else:
+        print("variety of the replies: not logged by this run")
     showing.print_table(titles[1], rows)
     out = args.out or args.run / "study"
-    points = [{"step": line["step"], "phase": line["phase"], "entropy": line["entropy"]} for line in lines]
-    content = {"note": note, "answers": args.answers, "over training": steps, "by part": rows}
+    drawn = ("step", "phase", "entropy", *VARIETY)
+    points = [{name: line[name] for name in drawn if name in line} for line in lines]
+    content = {
+        "note": note,
+        "answers": args.answers,
+        "over training": steps,
+        "variety of replies": variety,
+        "by part": rows,
+    }
     showing.write_json(out / "entropy.json", {**content, "points": points})
     draw(out / "entropy.png", points, rows, note=note)
     print(f"written: {out}/entropy.json, .png")
@@ -93,12 +109,14 @@ def stretches(run_dir: Path) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def phase_rows(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One row for each group of steps: entropy at the start and end (means of a tenth of the steps), rank
-    correlation with the step, and which share of the fall lies in the first half."""
+def phase_rows(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], *, of: str = "entropy"
+) -> list[dict[str, Any]]:
+    """One row for each group of steps: entropy, or the metric ``of``, at the start and end (means of a tenth
+    of the steps), rank correlation with the step, and which share of the fall lies in the first half."""
     rows = []
     for name, members in groups.items():
-        values = np.array([line["entropy"] for line in members])
+        values = np.array([line[of] for line in members])
         tenth, half = max(1, len(values) // 10), len(values) // 2
         first, last = values[:tenth].mean(), values[-tenth:].mean()
         middle = values[max(0, half - tenth // 2) :][:tenth].mean()
@@ -119,6 +137,22 @@ def phase_rows(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
                 else None,
             }
         )
+    return rows
+
+
+def variety_rows(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows as `phase_rows` makes them, for each measure of the replies' variety that the steps logged, with
+    its rank correlation with the entropy."""
+    rows = []
+    for metric in VARIETY:
+        logged = {name: [line for line in members if metric in line] for name, members in groups.items()}
+        for name, members in logged.items():
+            if not members:
+                continue
+            (row,) = phase_rows({name: members}, of=metric)
+            values = [np.array([line[key] for line in members]) for key in ("entropy", metric)]
+            row |= {"spearman with entropy": spearman(*values)[0]}
+            rows.append({"measure": metric.removeprefix("reply/")} | row)
     return rows
 
 
@@ -303,10 +337,18 @@ def spoken(
 def draw(
     path: Path, points: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], *, note: str
 ) -> None:
-    """Entropy over steps, and by part over phases."""
-    figure = showing.new_figure(10, 4)
+    """Entropy over steps, the variety of replies where it was logged, and entropy by part over phases."""
+    measures = [metric for metric in VARIETY if any(metric in point for point in points)]
+    figure = showing.new_figure(14 if measures else 10, 4)
     figure.suptitle(showing.titled("token entropy, nats", note), fontsize="small")
-    left, right = figure.subplots(1, 2)
+    left, *middle, right = figure.subplots(1, 3 if measures else 2)
+    for axes in middle:
+        for metric in measures:
+            mine = [point for point in points if metric in point]
+            label = metric.removeprefix("reply/")
+            axes.plot([point["step"] for point in mine], [point[metric] for point in mine], label=label)
+        axes.set(title="variety of replies", xlabel="step", ylabel="share; self-BLEU", ylim=(0, 1.02))
+        axes.legend(fontsize="small", frameon=False)
     for name in dict.fromkeys(point["phase"] for point in points):
         mine = [point for point in points if point["phase"] == name]
         left.plot([point["step"] for point in mine], [point["entropy"] for point in mine], label=name)
@@ -322,6 +364,6 @@ def draw(
     right.set(title="by part of the answer")
     right.set_xticks(range(len(rows)), [row["phase"] for row in rows])
     right.legend(fontsize="small", frameon=False)
-    for axes in (left, right):
+    for axes in (left, *middle, right):
         axes.grid(alpha=0.3)
     showing.save_figure(figure, path)

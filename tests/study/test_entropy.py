@@ -14,7 +14,15 @@ from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, forward, init_params, logits
 from selfemo_jax.rollout.engine import Completion
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.entropy import Spoken, inputs_of, part_means, phase_rows, spoken, stretches
+from selfemo_jax.study.entropy import (
+    Spoken,
+    inputs_of,
+    part_means,
+    phase_rows,
+    spoken,
+    stretches,
+    variety_rows,
+)
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
 from tests import micro
@@ -149,6 +157,18 @@ def test_the_fall_of_a_run_by_hand():
     assert phase_rows({"rl": rising})[0]["fall in first half, percent"] is None
 
 
+def test_the_variety_of_replies_is_set_against_the_entropy():
+    lines = [
+        {"step": n, "phase": "rl", "entropy": value, "reply/self_bleu": bleu}
+        for n, (value, bleu) in enumerate([(4.0, 0.2), (3.0, 0.4), (2.0, 0.5), (1.0, 0.9)])
+    ]
+    (row,) = variety_rows({"rl": lines})
+    assert (row["measure"], row["phase"], row["first"], row["last"]) == ("self_bleu", "rl", 0.2, 0.9)
+    # More alike as the entropy falls.
+    assert row["spearman with step"] == pytest.approx(1) and row["spearman with entropy"] == pytest.approx(-1)
+    assert variety_rows({"rl": [{"step": 1, "phase": "rl", "entropy": 1.0}]}) == []
+
+
 @pytest.mark.parametrize(("init", "joined"), [("current", ["rl_1 + rl_final"]), ("cold", [])])
 def test_entropy_is_not_followed_across_a_new_start_of_the_policy(init, joined, tmp_path):
     steps = [{"step": n, "phase": phase, "entropy": 1.0, "reward/r1": 0.1, "loss": 0.0}
@@ -173,6 +193,9 @@ def test_a_run_is_measured(answers, tmp_path, capsys):
     if answers == "recorded":
         # The same answers for every phase.
         assert len({row["valid"] for row in found["by part"]}) == 1
+    measures = {row["measure"] for row in found["variety of replies"]}
+    assert measures == {"distinct_1", "distinct_2", "self_bleu", "self_bleu_in_group"}
+    assert all(0 <= row["first"] <= 1 for row in found["variety of replies"])
     assert micro.NOTE in capsys.readouterr().out and found["note"] == micro.NOTE
 
 
