@@ -129,9 +129,9 @@ def _scores(grouped: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, None, None], scores, _NEGATIVE)
 
 
-def _over_keys(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """``[B, K, R, Q, S]`` times ``[B, K, S, H]``."""
-    out = jnp.einsum("bkqs,bksh->bkqh", _stacked(weights), values)
+def _over_keys(weights: jax.Array, values: jax.Array, dtype: Any = None) -> jax.Array:
+    """``[B, K, R, Q, S]`` times ``[B, K, S, H]``, summed in ``dtype``."""
+    out = jnp.einsum("bkqs,bksh->bkqh", _stacked(weights), values, preferred_element_type=dtype)
     return out.reshape(*weights.shape[:-1], -1)
 
 
@@ -168,7 +168,8 @@ def _blocked_forward(q, k, v, segment_ids, prefix_ids):
         highest = scores.max(axis=-1, keepdims=True)
         exponentials = jnp.exp(scores - highest)
         total = exponentials.sum(axis=-1, keepdims=True)
-        outputs.append(_over_keys((exponentials / total).astype(v.dtype), values[:, :, seen]))
+        summed = _over_keys(exponentials.astype(v.dtype), values[:, :, seen], jnp.float32)
+        outputs.append((summed / total).astype(v.dtype))
         log_totals.append((highest + jnp.log(total))[..., 0])
     out = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), ATTENDED)
     log_total = checkpoint_name(jnp.concatenate(log_totals, axis=3), ATTENDED)
@@ -185,7 +186,10 @@ def _blocked_backward(residuals, g):
     g = jnp.asarray(g, v.dtype)
     grouped_g = _grouped(g, num_kv)
     common = _grouped((out.astype(jnp.float32) * g.astype(jnp.float32)), num_kv).sum(axis=-1)
-    dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    dq = []
+    # Gradients of keys and values grow as [H, S]: XLA:CPU has its fast product for query-major factors alone.
+    dk, dv = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (keys, values))
+    over_queries = functools.partial(jnp.einsum, "bkhq,bkqs->bkhs", preferred_element_type=jnp.float32)
     for rows, seen in _blocks(q.shape[1]):
         earlier = (dk, dv, *dq[-1:])
         mask = _seen(segment_ids, prefix_ids, rows, *earlier)
@@ -197,11 +201,13 @@ def _blocked_backward(residuals, g):
         ).reshape(weights.shape)
         dscores = (weights * (dweights - common[:, :, :, rows, None]) * scale).astype(q.dtype)
         dq.append(_over_keys(dscores, keys[:, :, seen]))
-        over_queries = functools.partial(jnp.einsum, "bkqs,bkqh->bksh", preferred_element_type=jnp.float32)
-        dk = dk.at[:, :, seen].add(over_queries(_stacked(dscores), _stacked(block_q)))
-        dv = dv.at[:, :, seen].add(over_queries(_stacked(weights.astype(v.dtype)), _stacked(block_g)))
+        columns = slice(0, seen.stop)
+        dk = dk.at[..., columns].add(over_queries(_stacked(block_q).swapaxes(2, 3), _stacked(dscores)))
+        dv = dv.at[..., columns].add(
+            over_queries(_stacked(block_g).swapaxes(2, 3), _stacked(weights.astype(v.dtype)))
+        )
     dq = _ungrouped(jnp.concatenate(dq, axis=3))
-    dk, dv = (x.transpose(0, 2, 1, 3) for x in (dk, dv))
+    dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

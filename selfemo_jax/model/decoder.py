@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from selfemo_jax.model.adapters import block_weights, plus_low_rank
 from selfemo_jax.model.attention import choose_backend, layer_plan, packed_attention
 from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.linear import ATTENDED, PRODUCT, matmul, rms_norm
+from selfemo_jax.model.linear import ATTENDED, PRODUCT, gated, matmul, rms_norm
 from selfemo_jax.model.rope import rope_tables, rotate
 
 Params = dict[str, Any]
@@ -186,8 +186,8 @@ def layer_output(
     x = x + mixed
     normed = rms_norm(x, layer["mlp_norm"], eps=config.norm_eps)
     gate = plus_low_rank(matmul(normed, layer["gate"]), layer, "gate", normed)
-    gated = jax.nn.silu(gate) * plus_low_rank(matmul(normed, layer["up"]), layer, "up", normed)
-    return x + plus_low_rank(matmul(gated, layer["down"]), layer, "down", gated)
+    through = gated(gate, plus_low_rank(matmul(normed, layer["up"]), layer, "up", normed))
+    return x + plus_low_rank(matmul(through, layer["down"]), layer, "down", through)
 
 
 def embed_tokens(

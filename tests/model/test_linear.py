@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from selfemo_jax.model.linear import matmul, rms_norm
+from selfemo_jax.model.linear import gated, matmul, rms_norm
 
 EPS = 1e-6
 
@@ -112,3 +112,14 @@ def test_gradients_of_stacked_layers_run_with_bfloat16_products(wide, narrow):
     x = jax.random.normal(keys[2], (1, 64, wide))
     total = jax.jit(add_gradients, donate_argnums=0)(jax.tree.map(jnp.zeros_like, weights), weights, x)
     assert all(bool(jnp.isfinite(leaf).all()) and bool((leaf != 0).any()) for leaf in total)
+
+
+def test_gated_has_the_gradients_of_silu_times_up_and_keeps_its_two_factors_alone():
+    gate, up, g = (jax.random.normal(jax.random.key(i), (2, 5, 7)) for i in range(3))
+    out, pull = jax.vjp(gated, gate, up)
+    expected, expected_pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    for found, wanted in zip(pull(g), expected_pull(g), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "shape", None) == gate.shape]
+    assert len(kept) == 2
