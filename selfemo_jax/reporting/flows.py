@@ -81,9 +81,9 @@ def changes(
     """What changed, one object a data set over the inputs that both answered.
 
     ``before`` and ``after``: confusions [C, C + 1], rows gold, the last column for answers of no label.
-    ``pairs``: of gold one answered as the other, how many before and after, how many ``came`` and ``went``,
-    p, Holm's p over all pairs of all sets, and the alarm. ``flows``: answers that moved from one label to the
-    other and back, whatever the gold, with p and Holm's p.
+    ``pairs``, those that changed: of gold one answered as the other, how many before and after, how many
+    ``came`` and ``went``, p, Holm's p over all pairs of all sets, and the alarm. ``flows``: answers that
+    moved from one label to the other and back, whatever the gold, with p and Holm's p.
     """
     found = []
     for name, order in labels.items():
@@ -141,7 +141,7 @@ def _pairs(
             came = sum(g == gold and first != said and second == said for g, first, second in trios)
             went = sum(g == gold and first == said and second != said for g, first, second in trios)
             counts = [matrix[gold][said] for matrix in matrices]
-            if gold == said or not any((*counts, came, went)):
+            if gold == said or not (came or went):
                 continue
             rows.append(
                 {"gold": label, "read as": other, "before": counts[0], "after": counts[1], "came": came,

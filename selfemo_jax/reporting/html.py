@@ -19,6 +19,7 @@ SCRIPTS = (
     "elements.js",
     "charts.js",
     "tables.js",
+    "changes.js",
     "rollouts.js",
     "dialogues.js",
     "page.js",

@@ -10,7 +10,8 @@ import yaml
 from selfemo_jax.reporting.card import card, flat
 from selfemo_jax.reporting.curves import columns, peaks, phase_times, phases
 from selfemo_jax.reporting.dialogues import conversations
-from selfemo_jax.reporting.reading import Notices, read_json, read_lines
+from selfemo_jax.reporting.flows import changes, label_lists, phase_answers, steps_between
+from selfemo_jax.reporting.reading import Notices, number, read_json, read_lines
 from selfemo_jax.reporting.rollouts import choose_steps, sampled_tokens, step_files
 from selfemo_jax.reporting.scores import score_rows
 from selfemo_jax.reporting.studies import persona_map
@@ -21,7 +22,7 @@ class RunReport:
     """What a report holds of one run."""
 
     summary: dict[str, Any]
-    """JSON: label, note, card, settings, curves, times, scores, harvests, notices."""
+    """JSON: label, note, card, settings, curves, times, scores, changes of confusions, harvests, notices."""
     dialogues: list[dict[str, Any]]
     rollout_files: list[Path]
     predictions: dict[str, list[dict[str, Any]]]
@@ -75,6 +76,7 @@ def read_run(folder: Path, *, label: str, most_rollouts: int, most_dialogues: in
         "curves": columns(lines),
         "times": times,
         "scores": score_rows(splits, predictions, notices),
+        "changes": _changes(folder, notices),
         "harvests": _harvests(folder, notices),
         "personas": persona_map(folder, notices),
         "num_rollouts": num_rollouts,
@@ -104,6 +106,16 @@ def _config(folder: Path, notices: Notices) -> Mapping[str, Any]:
         notices.append(f"config.yaml cannot be read: {error}")
         return {}
     return found if isinstance(found, Mapping) else {}
+
+
+def _changes(folder: Path, notices: Notices) -> list[dict[str, Any]]:
+    """How the confusions on dev changed from phase to phase."""
+    found = phase_answers(folder, notices)
+    labels = label_lists(folder, found, notices)
+    rows = [row for before, after in steps_between(found) for row in changes(before, after, labels)]
+    for row in (row for one in rows for kind in ("pairs", "flows") for row in one[kind]):
+        row |= {name: number(row[name], 5) for name in ("p", "p_holm")}
+    return rows
 
 
 def _scores(

@@ -10,7 +10,7 @@ import pytest
 
 from selfemo_jax.report import write_report
 from selfemo_jax.reporting.rollouts import step_files
-from tests.report.folders import HOSTILE, NOTE, write, write_clusters, write_run
+from tests.report.folders import HOSTILE, NOTE, write, write_changes, write_clusters, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: install Debian's package chromium")
@@ -45,6 +45,7 @@ def one(tmp_path_factory) -> Path:
     name = HOSTILE.replace("/", "")[:60]
     folder = write_run(tmp_path_factory.mktemp("one") / name, steps=40, text=HOSTILE)
     write_clusters(folder, HOSTILE)
+    write_changes(folder)
     return write_report([folder])
 
 
@@ -105,6 +106,21 @@ def test_the_page_fits_its_screen_and_complains_of_nothing(chromium, request, wh
             "() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
         )
         assert (sum(dark) < 200) == (scheme == "dark")
+
+
+def test_a_confusion_that_grew_raises_an_alarm_on_the_page(chromium, one):
+    with opened(chromium, one) as page:
+        changes = page.locator("#changes")
+        assert changes.locator(".banner").inner_text() == "Alarm: tiny: anger read as joy 2 → 9"
+        grown, fallen = (
+            changes.locator(f"td[title^='gold anger, predicted {label}']") for label in ("joy", "anger")
+        )
+        assert (grown.inner_text(), fallen.inner_text()) == ("+7", "−7")
+        assert grown.get_attribute("title").endswith("2 before, 9 after")
+        assert "--bad" in grown.get_attribute("style") and "--bad" in fallen.get_attribute("style")
+        right = changes.locator("td[title^='gold joy, predicted joy']")
+        assert right.inner_text() == "+1" and "--good" in right.get_attribute("style")
+        assert changes.locator("select[name=change]").input_value() == "cold to rl_1"
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -50,6 +50,7 @@ def test_a_confusion_that_grew_is_an_alarm_with_its_counts():
     counted = rows(found, "pairs", "before", "after", "came", "went", "p_holm", "alarm")
     assert counted["anger", "joy"] == (2, 9, 7, 0, pytest.approx(2 / 128), True)
     assert counted["joy", "fear"] == (0, 1, 1, 0, None, False)
+    assert ("anger", "fear") not in counted
     assert rows(found, "flows", "moved", "back", "p") == {("anger", "joy"): (7, 0, pytest.approx(2 / 128))}
 
 

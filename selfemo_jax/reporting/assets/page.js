@@ -30,7 +30,7 @@ async function start() {
   const sections = [
     scoreSection(report), comparisonSection(report),
     section("curves", "Curves", "Drag across a chart to zoom, double-click to go back. Faint lines are what was logged, strong ones smoothed; dashes across mark phases of the first run.", curveSections(report.runs)),
-    timeSection(report), confusionSection(report), clusterSection(report), studySection(report),
+    timeSection(report), confusionSection(report), changeSection(report), clusterSection(report), studySection(report),
     dialogueSection(report, dialogues), rolloutSection(report), cardSection(report),
   ].filter(Boolean);
   document.getElementById("nav").append(h("div", {}, sections.flatMap((part) => {
