@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from selfemo_jax.model.linear import ATTENDED
+from selfemo_jax.model.linear import ATTENDED, sum_of_products
 
 Backend = Literal["dense", "blocked", "pallas"]
 MIN_BLOCK = 128
@@ -185,7 +185,8 @@ def _blocked_backward(residuals, g):
     grouped, keys, values = _grouped(q, num_kv), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     g = jnp.asarray(g, v.dtype)
     grouped_g = _grouped(g, num_kv)
-    common = _grouped((out.astype(jnp.float32) * g.astype(jnp.float32)), num_kv).sum(axis=-1)
+    common = sum_of_products(out.astype(jnp.float32), g.astype(jnp.float32))
+    common = _grouped(common[..., None], num_kv)[..., 0]
     dq = []
     # Gradients of keys and values grow as [H, S]: XLA:CPU has its fast product for query-major factors alone.
     dk, dv = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (keys, values))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from selfemo_jax.model.adapters import block_weights, plus_low_rank
 from selfemo_jax.model.attention import choose_backend, layer_plan, packed_attention
 from selfemo_jax.model.config import ModelConfig
-from selfemo_jax.model.linear import ATTENDED, PRODUCT, gated, matmul, rms_norm
+from selfemo_jax.model.linear import ATTENDED, PRODUCT, gated, matmul, rms_norm, sum_of_products
 from selfemo_jax.model.rope import rope_tables, rotate
 
 Params = dict[str, Any]
@@ -335,12 +335,15 @@ def token_logprobs(
 
     def scores(hidden, targets):
         with jax.named_scope("lm_head"):
-            scaled = logits(params, config, compute, hidden) / temperature
-            log_total = jax.nn.logsumexp(scaled, axis=-1)
-            chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
-            probabilities = jnp.exp(scaled - log_total[..., None])
-            entropy = log_total - jnp.sum(probabilities * scaled, axis=-1)
-            return chosen - log_total, entropy
+            # Rows and tokens as one dimension: see `sum_of_products`.
+            flat = logits(params, config, compute, hidden.reshape(-1, hidden.shape[-1])) / temperature
+            chosen = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=-1)[:, 0]
+            highest = lax.stop_gradient(flat.max(axis=-1))
+            exponentials = jnp.exp(flat - highest[:, None])
+            total = exponentials.sum(axis=-1)
+            log_total = highest + jnp.log(total)
+            entropy = log_total - sum_of_products(exponentials, flat) / total
+            return (chosen - log_total).reshape(targets.shape), entropy.reshape(targets.shape)
 
     num_chunks = min(num_tokens, -(-num_rows * num_tokens * vocab * 4 // max(budget_bytes, 1)))
     if num_chunks <= 1:
