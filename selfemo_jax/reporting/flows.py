@@ -85,7 +85,7 @@ def changes(
     ``came`` and ``went``, p, Holm's p over all pairs of all sets, and the alarm. ``flows``: answers that
     moved from one label to the other and back, whatever the gold, with p and Holm's p.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for name, order in labels.items():
         here, there = before.answers.get(name, {}), after.answers.get(name, {})
         common = [key for key in here if key in there and here[key][0] == there[key][0]]
