@@ -183,6 +183,15 @@ def _sampling(config: Config) -> Iterator[str]:
         yield f"rollout.top_k is {rollout.top_k}: training samples untruncated ({reason}); set it to 0"
     if rollout.top_p != 1:
         yield f"rollout.top_p is {rollout.top_p}: training samples untruncated ({reason}); set it to 1"
+    penalty = config.eval.frequency_penalty
+    if not -2 <= penalty <= 2:
+        yield f"eval.frequency_penalty is {penalty}: expected from -2 to 2"
+    if penalty and rollout.engine == "vllm":
+        yield (
+            f"eval.frequency_penalty is {penalty}: vLLM would report log-probs of the distribution that it "
+            "changes; set it to 0, or score the finished run by `python -m selfemo_jax.evaluate "
+            "--rollout.engine jax`"
+        )
     yield from _sidecar(config)
     try:
         parse_keep(rollout.keep)

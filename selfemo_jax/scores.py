@@ -77,7 +77,10 @@ def greedy_answers(
 ) -> Iterable[Prediction]:
     """Greedy answers in the order of the samples, produced as they are finished, part by part; ``between``
     is called after each, and may raise to end it."""
-    sampling = Sampling(max_tokens=config.rollout.max_tokens, temperature=0.0, stop_ids=codec.stop_ids)
+    sampling = Sampling(
+        max_tokens=config.rollout.max_tokens, temperature=0.0, stop_ids=codec.stop_ids,
+        frequency_penalty=config.eval.frequency_penalty,
+    )  # fmt: skip
     for (prediction,) in answers(engine, samples, codec, config, sampling=sampling, between=between):
         yield prediction
 

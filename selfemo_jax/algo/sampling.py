@@ -51,6 +51,25 @@ def sample(
     return tokens_R, (logit_R - highest_R1[:, 0]) * scale - log_total_R
 
 
+def sample_penalised(
+    logits: Float[Array, "R V"],
+    uniforms: Float[Array, "R 2"],
+    counts: Int[Array, "R V"],
+    *,
+    frequency_penalty: float,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+    """As `sample`, from logits less ``frequency_penalty`` times ``counts``, how often the row has each token
+    (OpenAI's API reference); the log-prob stays that of the logits as they are."""
+    less_RV = logits.astype(jnp.float32) - frequency_penalty * counts
+    tokens_R, _ = sample(less_RV, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+    scaled_RV = logits.astype(jnp.float32) / (temperature or 1.0)
+    chosen_R = jnp.take_along_axis(scaled_RV, tokens_R[:, None], axis=-1)[:, 0]
+    return tokens_R, chosen_R - jax.nn.logsumexp(scaled_RV, axis=-1)
+
+
 def greedy(logits: Float[Array, "R V"]) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
     """The likeliest token of each row, the first among equals, and its log-prob under softmax(logits)."""
     tokens_R = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -73,7 +73,7 @@ def _sampled(
     drawn = config.eval
     sampling = Sampling(
         max_tokens=config.rollout.max_tokens, temperature=drawn.temperature, top_k=drawn.top_k,
-        top_p=drawn.top_p, stop_ids=codec.stop_ids,
+        top_p=drawn.top_p, frequency_penalty=drawn.frequency_penalty, stop_ids=codec.stop_ids,
     )  # fmt: skip
     seeds = [sampling_seed(config.seed, "evaluate", sample.id) for sample in samples]
     yield from answers(engine, samples, codec, config, sampling=sampling, num=num, seeds=seeds)

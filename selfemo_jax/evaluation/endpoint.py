@@ -6,6 +6,7 @@ twice, what is temporary is tried again. Blanks around an answer are dropped, as
 else is scored as the policy's answers are. A refused question is an answer outside the grammar.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,8 +46,12 @@ class EndpointAnswers:
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._path = config, folder / f"{NAME}_answers.jsonl"
         template = next(iter(config.expert.endpoints), Endpoint(name=NAME))
+        extra = json.loads(template.extra_body) if template.extra_body else {}
+        if config.eval.frequency_penalty:
+            extra = {"frequency_penalty": config.eval.frequency_penalty} | extra
+        extra_body = json.dumps(extra) if extra else None
         self._endpoint = Endpoint(
-            name=NAME, base_url=url, model=model, key_env=key_env, extra_body=template.extra_body,
+            name=NAME, base_url=url, model=model, key_env=key_env, extra_body=extra_body,
             price_in=template.price_in, price_out=template.price_out, concurrency=template.concurrency,
         )  # fmt: skip
         self._panel: Panel | None = None

@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from selfemo_jax.algo.sampling import sample
+from selfemo_jax.algo.sampling import sample, sample_penalised
 from selfemo_jax.model.adapters import merge
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import (
@@ -94,7 +94,7 @@ def programs(config: ModelConfig, compute: Compute, mesh: Mesh, *, unroll: bool,
         uniforms=jax.jit(uniforms, static_argnames="chunk", out_shardings=whole),
         decode=jax.jit(
             functools.partial(decode, pin=pin, **settings),
-            static_argnames=("chunk", "temperature", "top_k", "top_p"),
+            static_argnames=("chunk", "temperature", "top_k", "top_p", "frequency_penalty"),
             donate_argnames="caches",
             out_shardings=(cache, whole),
         ),
@@ -274,11 +274,13 @@ def decode(
     temperature: float,
     top_k: int,
     top_p: float,
+    frequency_penalty: float,
 ) -> tuple[Caches, dict[str, jax.Array]]:
     """Up to ``chunk`` tokens for every live row.
 
     ``rows``: ``token`` (the next input), ``count`` (tokens sampled so far) and ``live`` ``[S, W]``, and
-    ``prompt_length [S]`` (columns of the prompt cache in use). ``draws``: `uniforms` of the S * W rows, and
+    ``prompt_length [S]`` (columns of the prompt cache in use); with a ``frequency_penalty`` also ``said
+    [S, W, T]``, the tokens sampled so far, filled up with -1. ``draws``: `uniforms` of the S * W rows, and
     of more; greedy sampling ignores them. ``numbers``: the first ``column`` to write, ``limit`` of steps,
     ``stop_at`` (leave when that few rows live), ``max_tokens``, and ``stop_ids`` (padded with -1). Returns
     the caches, ``tokens`` and ``logprobs [S, W, C]``, ``count``, ``live`` and ``steps``; a row's new tokens
@@ -289,6 +291,8 @@ def decode(
     prompt_mask = jnp.arange(prompts[0][0].shape[-2])[None, :] < rows["prompt_length"][:, None]
     column_ids = jnp.arange(num_columns)[None, None, :]
     draws = draws[: slots * width]
+    own_row = jnp.arange(slots * width)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def going(carry):
         return (carry["step"] < numbers["limit"]) & (carry["live"].sum() > numbers["stop_at"])
@@ -320,7 +324,14 @@ def decode(
         with jax.named_scope("lm_head"):
             scores = pin(jnp.matmul(hidden, params["head"], preferred_element_type=jnp.float32))
         with jax.named_scope("sample"):
-            token, logprob = sample(scores, draws[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
+            if frequency_penalty:
+                token, logprob = sample_penalised(
+                    scores, draws[:, step], carry["said"], frequency_penalty=frequency_penalty, **how
+                )
+                said = carry["said"].at[own_row, token].add(1)
+            else:
+                token, logprob = sample(scores, draws[:, step], **how)
+                said = carry["said"]
         token = jnp.where(live, token.reshape(slots, width), carry["token"])
         count = count + live
         stopped = (token[..., None] == numbers["stop_ids"]).any(axis=-1)
@@ -332,13 +343,21 @@ def decode(
             "step": step + 1,
             "caches": tuple(new_caches),
             "token": token,
+            "said": said,
             "count": count,
             "live": live & ~stopped & (count < numbers["max_tokens"]),
             "tokens": put(carry["tokens"], token),
             "logprobs": put(carry["logprobs"], logprob.reshape(slots, width)),
         }
 
+    said = jnp.zeros((slots * width, config.vocab_size if frequency_penalty else 0), jnp.int32)
+    if frequency_penalty:
+        before = rows["said"].reshape(slots * width, -1)
+        # -1 would count for the last token; a number beyond it counts for none.
+        before = jnp.where(before < 0, config.vocab_size, before)
+        said = said.at[own_row[:, None], before].add(1, mode="drop")
     start = {
+        "said": said,
         "step": jnp.zeros((), jnp.int32),
         "caches": caches,
         "token": rows["token"],

@@ -58,6 +58,8 @@ class Sampling:
     """Keep the k likeliest tokens; 0 keeps all. For evaluation: the reported logprobs stay untruncated."""
     top_p: float = 1.0
     """Keep the fewest likeliest tokens whose probabilities reach p; 1 keeps all. As `top_k`."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the completion holds it already. As `top_k`."""
     stop_ids: tuple[int, ...]
     """Any of these ends a completion and is part of it."""
 
@@ -68,6 +70,7 @@ class Sampling:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
         }
         for name, (holds, expected) in limits.items():
             if not holds:

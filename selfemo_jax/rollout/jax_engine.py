@@ -317,6 +317,8 @@ class JaxEngine:
             "live": np.zeros((slots, width), bool),
             "prompt_length": np.zeros(slots, np.int32),
         }
+        if sampling.frequency_penalty:
+            inputs["said"] = np.full((slots, width, board.length), -1, np.int32)
         # As many rows in every layout, so that this is compiled once.
         seeds, rollouts = np.zeros((self._max_rows, 2), np.uint32), np.zeros(self._max_rows, np.int32)
         counts = np.zeros(self._max_rows, np.int32)
@@ -331,6 +333,8 @@ class JaxEngine:
                     inputs["token"][slot, place] = row.tokens[-1] if row.tokens else request.token_ids[-1]
                     inputs["count"][slot, place] = len(row.tokens)
                     inputs["live"][slot, place] = True
+                    if sampling.frequency_penalty:
+                        inputs["said"][slot, place, : len(row.tokens)] = row.tokens
                     rollouts[slot * width + place] = row.rollout
         counts[: slots * width] = inputs["count"].reshape(-1)
         padding = -len(sampling.stop_ids) % _STOP_IDS_MULTIPLE
@@ -346,18 +350,10 @@ class JaxEngine:
             draws = self._call(self._programs.uniforms, seeds, rollouts, counts, chunk=self._chunk)
         version = self._version
         board.caches, result = self._call(
-            self._programs.decode,
-            self._weights,
-            board.prompts,
-            board.caches,
-            inputs,
-            draws,
-            numbers,
-            chunk=self._chunk,
-            temperature=float(sampling.temperature),
-            top_k=sampling.top_k,
-            top_p=float(sampling.top_p),
-        )
+            self._programs.decode, self._weights, board.prompts, board.caches, inputs, draws, numbers,
+            chunk=self._chunk, temperature=float(sampling.temperature), top_k=sampling.top_k,
+            top_p=float(sampling.top_p), frequency_penalty=float(sampling.frequency_penalty),
+        )  # fmt: skip
         result = jax.device_get(result)
         steps = int(result["steps"])
         assert steps > 0

@@ -104,10 +104,11 @@ class VllmEngine:
         self._check_open()
         if self._serving is None:
             raise ValueError("VllmEngine.generate: no policy yet; call update_policy first")
-        if sampling.top_k or sampling.top_p != 1:
+        if sampling.top_k or sampling.top_p != 1 or sampling.frequency_penalty:
             raise ValueError(
-                f"VllmEngine: top_k {sampling.top_k} and top_p {sampling.top_p}: vLLM reports log-probs of "
-                "the truncated distribution, which are not the policy's; set them to 0 and 1"
+                f"VllmEngine: top_k {sampling.top_k}, top_p {sampling.top_p} and frequency_penalty "
+                f"{sampling.frequency_penalty}: vLLM reports log-probs of the distribution that they change, "
+                "which are not the policy's; set them to 0, 1 and 0"
             )
         check_requests(
             requests,

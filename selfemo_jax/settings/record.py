@@ -30,6 +30,9 @@ class Eval:
     """Their nucleus; 1: all tokens."""
     top_k: Natural = 0
     """Their likeliest tokens; 0: all."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the answer holds it already, in greedy and drawn answers,
+    as OpenAI and vLLM do: against a small model's loops. 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,3 +196,19 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         sample(jnp.zeros((1, 4)), jnp.zeros((1, 2)), **settings)
+
+
+def test_a_penalty_moves_the_choice_and_not_the_logprob():
+    logits = jnp.array([[2.0, 1.5, 0.0], [2.0, 1.5, 0.0]])
+    counts = jnp.array([[1, 0, 0], [0, 0, 5]])
+    tokens, logprobs = sampling.sample_penalised(
+        logits, jnp.zeros((2, 2)), counts, frequency_penalty=0.6, temperature=0.0
+    )
+    assert tokens.tolist() == [1, 0]
+    total = np.log(np.exp(2.0) + np.exp(1.5) + 1)
+    np.testing.assert_allclose(logprobs, [1.5 - total, 2.0 - total], rtol=1e-6)
+    # At temperature 2 the logits halve: 1.0, 0.75, 0.
+    _, halved = sampling.sample_penalised(
+        logits, jnp.zeros((2, 2)), counts, frequency_penalty=0.6, temperature=2.0, top_k=1
+    )
+    np.testing.assert_allclose(halved, np.array([0.75, 1.0]) - np.log(np.e + np.exp(0.75) + 1), rtol=1e-6)

@@ -4,12 +4,13 @@ import dataclasses
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from selfemo_jax.model.decoder import Compute
+from selfemo_jax.model.decoder import Compute, forward, logits
 from selfemo_jax.model.hf_convert import save_hf
 from selfemo_jax.model.sharding import make_mesh, param_shardings
 from selfemo_jax.rollout.decode import weight_shardings
@@ -79,6 +80,32 @@ def check_logprobs(params, requests, answers, *, temperature: float):
     expected = trainer_logprobs(params, pairs, temperature=temperature)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_frequency_penalty_chooses_by_logits_less_what_was_said_and_reports_them_whole():
+    params = sharp_weights()
+    requests, penalty = make_requests(), 1.5
+    options = {"max_rows": 4, "completion_bucket": 12, "chunk": 5}
+    plain = run(make_engine(params), requests, temperature=0.0)
+    found = run(make_engine(params, **options), requests, temperature=0.0, frequency_penalty=penalty)
+    assert tokens_of(found) != tokens_of(plain)
+    for request in requests:
+        for completion in found[request.id]:
+            start, ids = len(request.token_ids), (*request.token_ids, *completion.token_ids)
+            scores = whole_logits(params, ids)[start - 1 : -1]
+            counts = np.zeros(POLICY.vocab_size)
+            for row, token in zip(scores, completion.token_ids, strict=True):
+                less = row - penalty * counts
+                assert less[token] > less.max() - 1e-4
+                counts[token] += 1
+    check_logprobs(params, requests, found, temperature=1.0)
+
+
+def whole_logits(params, ids):
+    tokens = jnp.array([ids], jnp.int32)
+    places = {"positions": jnp.arange(len(ids))[None], "segment_ids": jnp.zeros_like(tokens)}
+    hidden = forward(params, POLICY, Compute(), tokens=tokens, prefix_ids=jnp.full_like(tokens, -1), **places)
+    return np.asarray(logits(params, POLICY, Compute(), hidden))[0]
 
 
 @pytest.mark.parametrize(
