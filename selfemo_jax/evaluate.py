@@ -110,6 +110,7 @@ def evaluate_splits(
             started = time.perf_counter()
             predictions = _written(answers.greedy(samples), folder / f"{split}_predictions.jsonl", data.parts)
             found["persona"] = answers.config.eval.persona
+            found["frequency_penalty"] = answers.config.eval.frequency_penalty
             found["seconds"] = time.perf_counter() - started
             found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
             found["speed"] = _speed(predictions, found["seconds"])
