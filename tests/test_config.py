@@ -268,6 +268,13 @@ def test_training_samples_untruncated():
     assert "rollout.temperature is 0" in problems(rollout={"temperature": 0.0})
 
 
+def test_a_frequency_penalty_is_refused_where_log_probs_would_not_be_the_policys():
+    assert "eval.frequency_penalty is 2.5: expected from -2 to 2" in problems(eval={"frequency_penalty": 2.5})
+    text = problems(eval={"frequency_penalty": 0.5}, rollout={"engine": "vllm"})
+    assert "eval.frequency_penalty is 0.5" in text and "--rollout.engine jax" in text
+    assert parse_config(VALID | {"eval": {"frequency_penalty": 0.5}}).eval.frequency_penalty == 0.5
+
+
 def test_retraining_a_random_base_is_refused_and_a_pretrained_one_is_not():
     assert "cannot write the answer grammar" in problems(flywheel={"retrain": {"init": "base"}})
     parse_config({"model": {"path": "runs/x"}, "flywheel": {"retrain": {"init": "base"}}})

@@ -6,14 +6,13 @@ the same ones each time, so that phases are compared answer by answer. All tests
 the answers that changed in one of two opposite ways, is one way more frequent than chance.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selfemo_jax.reporting.reading import Notices, read_json, read_lines
-from selfemo_jax.reporting.scores import holm
+from selfemo_jax.reporting.scores import holm, mcnemar_p
 
 DEV_ANSWERS = "dev_predictions.jsonl"
 ALARM = 0.05
@@ -125,13 +124,6 @@ def changes(
     return found
 
 
-def exact_p(one: int, other: int) -> float:
-    """Two-sided exact McNemar test: p of such a split of ``one + other`` fair coins, 1 without any."""
-    number = one + other
-    tail = sum(math.comb(number, k) for k in range(min(one, other) + 1))
-    return min(1.0, 2 * tail / 2**number)
-
-
 def _pairs(
     trios: Sequence[tuple[int, int, int]], order: Sequence[str], matrices: Sequence[Sequence[Sequence[int]]]
 ) -> list[dict[str, Any]]:
@@ -145,7 +137,7 @@ def _pairs(
                 continue
             rows.append(
                 {"gold": label, "read as": other, "before": counts[0], "after": counts[1], "came": came,
-                 "went": went, "p": exact_p(came, went)}
+                 "went": went, "p": mcnemar_p(came, went)}
             )  # fmt: skip
     return rows
 
@@ -160,7 +152,7 @@ def _flows(trios: Sequence[tuple[int, int, int]], order: Sequence[str]) -> list[
                 names = (label, order[other]) if there >= back else (order[other], label)
                 rows.append(
                     {"out of": names[0], "into": names[1], "moved": max(there, back),
-                     "back": min(there, back), "p": exact_p(there, back)}
+                     "back": min(there, back), "p": mcnemar_p(there, back)}
                 )  # fmt: skip
     return rows
 

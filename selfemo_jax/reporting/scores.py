@@ -175,9 +175,6 @@ def compare(
 
     Weighted F1 by a paired bootstrap over dialogues, accuracy by McNemar's exact test.
     """
-    # A second of import that a report of one run does without.
-    from scipy.stats import binomtest
-
     before = {p["id"]: p for p in first if p.get("gold") in labels}
     after = {p["id"]: p for p in second if p.get("gold") in labels}
     common = [name for name in before if name in after and before[name]["gold"] == after[name]["gold"]]
@@ -200,8 +197,16 @@ def compare(
         "p_bootstrap": number(min(1.0, 2 * (least + 1) / (len(differences) + 1)), 5),
         "won": won,
         "lost": lost,
-        "p_mcnemar": number(binomtest(won, won + lost).pvalue if won + lost else 1.0, 5),
+        "p_mcnemar": number(mcnemar_p(won, lost), 5),
     }
+
+
+def mcnemar_p(one: int, other: int) -> float:
+    """Two-sided exact McNemar test: p of such a split of ``one + other`` fair coins, 1 without any."""
+    # A second of import that a report without comparisons does without.
+    from scipy.stats import binomtest
+
+    return float(binomtest(one, one + other).pvalue) if one + other else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -60,6 +60,19 @@ def test_samples_of_one_input_are_different_questions(tmp_path):
     assert len(digests) == len(set(digests)) == 8, "the seed tells samples apart, and 0 is the greedy answer"
 
 
+def test_a_frequency_penalty_is_asked_of_the_server_and_of_no_other(tmp_path):
+    for name, penalty in (("plain", 0.0), ("less", 0.5)):
+        config = settings(output={"prompt_style": "full"}, eval={"frequency_penalty": penalty})
+        with (
+            serving(tmp_path / name) as url,
+            EndpointAnswers(config, tmp_path / f"{name}_out", url=url, model="M", key_env=None) as endpoint,
+        ):
+            assert len(list(endpoint.greedy(inputs(1)))) == 1
+        (record,) = requests(tmp_path / name)
+        assert record["asked"].get("frequency_penalty", 0.0) == penalty
+        assert ("frequency_penalty" in record["asked"]) == bool(penalty)
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "open-sesame")
     with serving(tmp_path / "log", "--key", "open-sesame") as url:
@@ -91,12 +104,13 @@ def test_the_command_scores_a_served_model(tmp_path, capsys):
             "--model",
             "M/one",
             "--data.sets=[sample]",
+            "--eval.frequency_penalty=0.5",
             "--out",
             str(tmp_path / "out"),
         ]
         assert evaluate.main([*words, "--split", "dev", "--samples", "2", "--yardsticks"]) == 0
     found = json.loads((tmp_path / "out" / "dev.json").read_text())
-    assert found["note"] == f"M/one at {url}"
+    assert found["note"] == f"M/one at {url}" and found["frequency_penalty"] == 0.5
     assert {"accuracy", "lenient", "instructerc", "calibration", "parts"} <= set(found["sets"]["sample_meld"])
     assert found["samples"]["sample_meld"]["n"] == 2
     assert set(found["yardsticks"]["sample_meld"]) == {"majority", "stratified random", "TF-IDF + LR"}

@@ -6,7 +6,8 @@
 
 Prints its port. The n-th prompt that it meets fails in the n-th way of ``--faults`` (over and over) on its
 first request and is answered on its second; "ok" is no fault. LOG gets one JSON line a request: what was
-asked (digest), how it was answered, when. FILE holds a JSON list of [part of a prompt, answer].
+asked (digest, and the fields beside model and messages), how it was answered, when. FILE holds a JSON list of
+[part of a prompt, answer].
 """
 
 import argparse
@@ -56,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         prompt = json.dumps(request["messages"])
         digest = hashlib.sha256(f"{prompt}{request.get('seed')}".encode()).hexdigest()[:12]
         fault = self.server.fault_of(digest)
-        self.server.note(digest=digest, fault=fault, model=request["model"], start=True)
+        asked = {name: value for name, value in request.items() if name not in ("model", "messages")}
+        self.server.note(digest=digest, fault=fault, model=request["model"], asked=asked, start=True)
         if options.key and self.headers.get("authorization") != f"Bearer {options.key}":
             words = f"wrong key: {self.headers.get('authorization')}"
             return self.reply(401, {"error": {"message": words}}, {})

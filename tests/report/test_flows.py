@@ -1,12 +1,10 @@
 """Confusions from phase to phase: counts, exact tests, the corrected family and the alarm, by hand."""
 
 import pytest
-from scipy.stats import binomtest
 
 from selfemo_jax.reporting.flows import (
     PhaseAnswers,
     changes,
-    exact_p,
     label_lists,
     phase_answers,
     steps_between,
@@ -31,12 +29,6 @@ def rows(found: list, kind: str, *keys: str) -> dict[tuple[str, str], tuple]:
     return {
         (row[names[0]], row[names[1]]): tuple(row[key] for key in keys) for one in found for row in one[kind]
     }
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 5), (7, 0), (3, 9), (40, 61), (300, 200)])
-def test_the_exact_test_is_that_of_a_fair_coin(one, other):
-    expected = binomtest(one, one + other).pvalue if one + other else 1.0
-    assert exact_p(one, other) == pytest.approx(expected)
 
 
 def test_a_confusion_that_grew_is_an_alarm_with_its_counts():

@@ -271,7 +271,10 @@ def test_an_engine_without_a_policy_or_closed_says_so():
         engine.update_policy(sharp_weights(), version=1)
 
 
-@pytest.mark.parametrize("field", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "field",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"frequency_penalty": 3.0}],
+)
 def test_impossible_sampling_settings_are_refused_by_name(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Sampling(**({"max_tokens": 4, "stop_ids": ()} | field))

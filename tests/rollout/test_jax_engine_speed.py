@@ -134,6 +134,7 @@ def compiled_step(engine: JaxEngine):
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        frequency_penalty=0.0,
     ).compile()
     return compiled.as_text(), {x.shape for x in jax.tree.leaves((prompts, caches))}
 

@@ -135,9 +135,11 @@ def test_a_server_that_hangs_meets_the_deadline_and_says_who_waits_for_whom(serv
     assert engine.take_metrics()["rollout/retries"] == 2
 
 
-def test_truncated_sampling_is_refused_with_the_reason(served):
-    with pytest.raises(ValueError, match="log-probs of the truncated distribution"):
-        served[0].generate(make_requests((5,)), Sampling(max_tokens=4, top_p=0.9, stop_ids=()))
+@pytest.mark.parametrize("field", [{"top_p": 0.9}, {"top_k": 5}, {"frequency_penalty": 0.5}])
+def test_sampling_that_changes_the_distribution_is_refused_with_the_reason(served, field):
+    ((name, value),) = field.items()
+    with pytest.raises(ValueError, match=f"{name} {value}.*log-probs of the distribution that they change"):
+        served[0].generate(make_requests((5,)), Sampling(max_tokens=4, stop_ids=(), **field))
 
 
 def test_unchanged_weights_are_not_sent_again(served, params):
