@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import re
-from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
@@ -267,11 +266,11 @@ def _build(settings: dict[str, Any], *, where: str) -> Config:
     parser = _settings_parser()
     try:
         parsed = parser.parse_object(settings)
-    except ArgumentError as error:
+    except argparse.ArgumentError as error:
         for key, value in _flat(settings):
             try:
                 parser.parse_object(_nested(key, value))
-            except ArgumentError:
+            except argparse.ArgumentError:
                 raise _wrong_type(key, value, where) from None
         raise ValueError(f"{where}: {error}") from None
     sections = parser.instantiate(parsed)
@@ -361,7 +360,7 @@ def _typed_overrides(texts: Mapping[str, str]) -> dict[str, Any]:
     for key, text in texts.items():
         try:
             typed[key] = parser.parse_args([f"--{key}={text}"])[key]
-        except ArgumentError:
+        except argparse.ArgumentError:
             raise _wrong_type(key, text, COMMAND_LINE) from None
     return typed
 
