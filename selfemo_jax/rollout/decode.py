@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from selfemo_jax.algo.sampling import sample, sample_penalised
 from selfemo_jax.model.adapters import merge
@@ -39,9 +39,9 @@ from selfemo_jax.model.decoder import (
 from selfemo_jax.model.linear import rms_norm
 from selfemo_jax.model.rope import rope_tables
 from selfemo_jax.model.sharding import RULES, abstract_params, partition_spec
+from selfemo_jax.rollout.cached_attention import two_part_attention
 from selfemo_jax.rollout.prefill import Caches, prefill, prefill_rows
 
-_NEGATIVE = -1e30
 _ROWS = ("data", "fsdp")
 
 
@@ -220,45 +220,6 @@ def uniforms(
     return jax.vmap(one_row)(seeds, rollouts, counts)
 
 
-def two_part_attention(
-    q: Float[Array, "S W N H"],
-    prompt: tuple[Float[Array, "S K P H"], Float[Array, "S K P H"]],
-    cache: tuple[Float[Array, "S W K T H"], Float[Array, "S W K T H"]],
-    prompt_mask: Bool[Array, "S P"],
-    cache_mask: Bool[Array, "S W T"],
-) -> Float[Array, "S W N H"]:
-    """One softmax over a slot's prompt and the row's own completion; scores and softmax in float32.
-
-    The prompt part is one matrix product per slot and key-value head, of all W * R queries of the slot.
-    """
-    slots, width, num_heads, head_dim = q.shape
-    num_kv = prompt[0].shape[1]
-    repeats = num_heads // num_kv
-    own = q.reshape(slots, width, num_kv, repeats, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
-    shared = own.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, head_dim)
-
-    def to_shared(x):
-        return x.transpose(0, 2, 1, 3, 4).reshape(slots, num_kv, width * repeats, -1)
-
-    first = jnp.einsum("skqh,skph->skqp", shared, prompt[0], preferred_element_type=jnp.float32)
-    first = jnp.where(prompt_mask[:, None, None, :], first, _NEGATIVE)
-    second = jnp.einsum("swkrh,swkth->swkrt", own, cache[0], preferred_element_type=jnp.float32)
-    second = jnp.where(cache_mask[:, :, None, None, :], second, _NEGATIVE)
-    highest = jnp.maximum(first.max(axis=-1, keepdims=True), to_shared(second.max(axis=-1, keepdims=True)))
-    highest_own = highest.reshape(slots, num_kv, width, repeats, 1).transpose(0, 2, 1, 3, 4)
-    first, second = jnp.exp(first - highest), jnp.exp(second - highest_own)
-    total = first.sum(axis=-1, keepdims=True) + to_shared(second.sum(axis=-1, keepdims=True))
-    from_prompt = jnp.einsum(
-        "skqp,skph->skqh", first.astype(q.dtype), prompt[1], preferred_element_type=jnp.float32
-    )
-    from_own = jnp.einsum(
-        "swkrt,swkth->swkrh", second.astype(q.dtype), cache[1], preferred_element_type=jnp.float32
-    )
-    out = (from_prompt + to_shared(from_own)) / total
-    out = out.reshape(slots, num_kv, width, repeats, head_dim).transpose(0, 2, 1, 3, 4)
-    return out.reshape(q.shape).astype(q.dtype)
-
-
 def decode(
     params: Params,
     prompts: Caches,
@@ -359,7 +320,9 @@ def decode(
     start = {
         "said": said,
         "step": jnp.zeros((), jnp.int32),
-        "caches": caches,
+        # By row: the shape in which the attention reads them. Of a cache that it reads in another one XLA
+        # keeps a second and copies both at every token.
+        "caches": jax.tree.map(lambda x: x.reshape(*x.shape[:-5], -1, *x.shape[-3:]), caches),
         "token": rows["token"],
         "count": rows["count"],
         "live": rows["live"],
@@ -368,14 +331,15 @@ def decode(
     }
     end = lax.while_loop(going, one_token, start)
     result = {name: end[name] for name in ("tokens", "logprobs", "count", "live")}
-    return end["caches"], result | {"steps": end["step"]}
+    caches = jax.tree.map(lambda new, old: new.reshape(old.shape), end["caches"], caches)
+    return caches, result | {"steps": end["step"]}
 
 
 def _write(cache: jax.Array, new: Float[Array, "S W K H"], column: jax.Array, index: jax.Array | None):
-    new = new[..., None, :]
+    new = new.reshape(-1, new.shape[-2], 1, new.shape[-1])
     if index is None:
-        return lax.dynamic_update_slice_in_dim(cache, new, column, axis=3)
-    return lax.dynamic_update_slice(cache, new[None], (index, 0, 0, 0, column, 0))
+        return lax.dynamic_update_slice_in_dim(cache, new, column, axis=2)
+    return lax.dynamic_update_slice(cache, new[None], (index, 0, 0, column, 0))
 
 
 def _one_layer(cache: jax.Array, index: jax.Array | None) -> jax.Array:
