@@ -48,7 +48,7 @@ def two_part_attention(
 
 
 def _scores(queries: Float[Array, "B K Q H"], keys: Float[Array, "B K P H"]) -> Float[Array, "B K Q P"]:
-    """XLA:CPU copies the first factor of a product of rows with rows transposed: better the few queries than
+    """XLA:CPU copies the second factor of a product of rows with rows transposed: better the few queries than
     all keys, and the barrier keeps it from swapping the two again."""
     if jax.default_backend() == "cpu":
         by_key = jnp.einsum("bkph,bkqh->bkpq", keys, queries, preferred_element_type=jnp.float32)
