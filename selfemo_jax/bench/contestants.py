@@ -26,6 +26,7 @@ class Contestant:
     compile: bool = False
     attention: str = "sdpa"
     cache: str = "dynamic"
+    micro_cut: int = 1
 
     @property
     def seat(self) -> tuple[str, str]:
@@ -51,6 +52,7 @@ class Contestant:
             "logits_budget_mib": settings.logits_budget_mib,
             "group_size": settings.group_size,
             "completion": settings.completion,
+            "micro_cut": self.micro_cut,
             "micro_rows": micro_batch_rows(settings, group_tokens),
             "loss": asdict(LOSS),
             "optim": asdict(OPTIM),
@@ -66,10 +68,11 @@ def contestants(
     if settings.backend in ("jax", "both"):
         found += [
             Contestant(
-                side="jax", phase=phase, layout=layout, attention=attention,
-                label=" ".join(filter(None, ("jax", layout, "" if attention == "auto" else attention))),
+                side="jax", phase=phase, layout=layout, attention=attention, micro_cut=cut,
+                label=_label("jax", layout, "" if attention == "auto" else attention, cut_label),
             )
             for layout in layouts
+            for cut, cut_label in _cuts(layout, settings)
             for attention in (settings.jax_attention[:1] if phase == "refresh" else settings.jax_attention)
         ]  # fmt: skip
     if settings.backend in ("torch", "both"):
@@ -97,10 +100,11 @@ def _torch(
     if phase in PACKED_WORK:
         return [
             Contestant(
-                side="torch", phase=phase, layout=layout, compile=compiled, attention=attention,
-                label=f"torch {layout} {'compiled' if compiled else 'eager'} {attention}",
+                side="torch", phase=phase, layout=layout, compile=compiled, attention=attention, micro_cut=cut,
+                label=_label("torch", layout, "compiled" if compiled else "eager", attention, cut_label),
             )
             for layout in layouts
+            for cut, cut_label in _cuts(layout, settings)
             for compiled in compiles
             for attention in attentions
             if _understands(attention, layout, settings.dtype)
@@ -122,6 +126,16 @@ def _torch(
         )
         for cache, compiled in caches
     ]  # fmt: skip
+
+
+def _label(*words: str) -> str:
+    return " ".join(filter(None, words))
+
+
+def _cuts(layout: str, settings: BenchSettings) -> list[tuple[int, str]]:
+    """Ways to cut its micro-batches, and what they add to a label."""
+    cuts = settings.micro_cuts if layout == "separate" else (1,)
+    return [(cut, "" if cut == 1 else f"micro/{cut}") for cut in cuts]
 
 
 def _understands(attention: str, layout: str, dtype: str) -> bool:

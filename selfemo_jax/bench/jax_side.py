@@ -293,7 +293,7 @@ def read_rows(case: dict[str, Any]) -> tuple[PackedBatch, int]:
     with np.load(Path(case["folder"]) / f"{case['layout']}.npz") as arrays:
         found = dict(arrays)
     micro_rows = int(found.pop("micro_rows"))
-    return PackedBatch(**found), micro_rows
+    return PackedBatch(**found), micro_rows // case["micro_cut"]
 
 
 def rollout(

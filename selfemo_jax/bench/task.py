@@ -138,7 +138,14 @@ def _rows(settings: BenchSettings, sequences: list[TrainSequence], layout: str) 
             groups.setdefault(item.group, len(item.prompt_ids) - 1)
             groups[item.group] += len(item.completion_ids)
         row_tokens = settings.prefix_row_tokens or max(groups.values())
-    return row_tokens, micro_batch_rows(settings, row_tokens, otherwise=micro_rows)
+    micro_rows = micro_batch_rows(settings, row_tokens, otherwise=micro_rows)
+    for cut in settings.micro_cuts if layout == "separate" else ():
+        if micro_rows % (cut * settings.devices):
+            raise ValueError(
+                f"bench: micro_cuts has {cut}: micro-batches of {micro_rows} rows on {settings.devices} "
+                "devices cannot be cut into so many equal parts"
+            )
+    return row_tokens, micro_rows
 
 
 def micro_batch_rows(settings: BenchSettings, row_tokens: int, *, otherwise: int = 1) -> int:

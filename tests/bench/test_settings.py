@@ -35,6 +35,7 @@ def test_flags_lie_over_the_file():
     assert found.phases == ("rl_update", "refresh")
     assert found.sweep == {"groups": (1, 4), "prompt": (8,)}
     assert read_settings(None, flags("--sweep", "groups=16")).sweep == {"groups": (16,)}
+    assert read_settings(None, flags("--micro_cuts", "1,2")).micro_cuts == (1, 2)
 
 
 def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
@@ -53,6 +54,8 @@ def test_a_sweep_changes_one_setting_at_a_time_and_measures_the_base_once():
         ({"sweep": {"groups": [2, 0]}}, "sweep of groups over 0: bench: groups is 0; expected at least 1"),
         ({"sweep": {"prompt": [1]}}, "sweep of prompt over 1: .* at least 2 tokens"),
         ({"sweep": {"groups": 4}}, "sweep of groups is 4; expected whole numbers"),
+        ({"micro_cuts": [2, 0]}, "micro_cuts is .2, 0.; expected numbers of at least 1"),
+        ({"micro_cuts": ["x"]}, "micro_cuts is .*'x'.*; expected whole numbers, as --micro_cuts 1,2"),
         ({"rounds": 1}, "a spread needs at least 2"),
         ({"completion": 1}, "at least 2 tokens"),
     ],

@@ -1,6 +1,7 @@
 """The work of a case: the same tokens in every layout, counted by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,3 +63,9 @@ def test_micro_batches_split_over_the_devices():
     assert micro_batch_rows(BenchSettings(devices=4), 100) == 4
     assert micro_batch_rows(BenchSettings(devices=4, micro_tokens=900), 100) == 12
     assert micro_batch_rows(BenchSettings(), 100, otherwise=8) == 8
+
+
+def test_a_micro_batch_is_cut_into_equal_parts_or_nothing_is_measured(tmp_path):
+    make_task(replace(SETTINGS, micro_cuts=(1, SETTINGS.group_size)), tmp_path)
+    with pytest.raises(ValueError, match=f"micro-batches of {SETTINGS.group_size} rows on 1 devices cannot"):
+        make_task(replace(SETTINGS, micro_cuts=(SETTINGS.group_size + 1,)), tmp_path)

@@ -46,6 +46,19 @@ def test_both_sides_update_alike_and_are_timed_in_turns(tmp_path, capsys):
     assert "How many times as fast as PyTorch" in capsys.readouterr().out
 
 
+@needs_torch
+def test_cut_micro_batches_compute_the_same_and_the_faster_cut_is_kept(tmp_path):
+    words = ("--phases", "rl_update", "--layouts", "separate", "--torch_compile", "off", "--micro_cuts")
+    whole, cut = (bench(tmp_path / cuts, *words, cuts) for cuts in ("1", "2"))
+    for first, second in zip(whole["rows"], cut["rows"], strict=True):
+        assert second["label"] == f"{first['label']} micro/2"
+        assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
+    both = bench(tmp_path / "both", *words, "1,2")
+    labels = {row["label"] for row in both["rows"]} | {one["label"] for one in both["left_out"]}
+    assert len(both["rows"]) == 2 and labels == {row["label"] for row in (*whole["rows"], *cut["rows"])}
+
+
 def test_a_result_is_compared_with_an_earlier_one(tmp_path):
     bench(tmp_path, "--phases", "refresh", "--backend", "jax")
     result = tmp_path / "result.json"

@@ -80,7 +80,7 @@ def read_micros(case: dict[str, Any], device: torch.device) -> list[Micro]:
     """The case's rows; over several processes each takes every so many rows of a micro-batch."""
     with np.load(Path(case["folder"]) / f"{case['layout']}.npz") as arrays:
         rows = dict(arrays)
-    micro_rows = int(rows.pop("micro_rows"))
+    micro_rows = int(rows.pop("micro_rows")) // case["micro_cut"]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = range(0, len(rows["tokens"]), micro_rows)
     parts = [{name: rows[name][start : start + micro_rows][rank::world] for name in rows} for start in starts]
