@@ -100,7 +100,8 @@ def _torch(
     if phase in PACKED_WORK:
         return [
             Contestant(
-                side="torch", phase=phase, layout=layout, compile=compiled, attention=attention, micro_cut=cut,
+                side="torch", phase=phase, layout=layout, compile=compiled, attention=attention,
+                micro_cut=cut,
                 label=_label("torch", layout, "compiled" if compiled else "eager", attention, cut_label),
             )
             for layout in layouts
