@@ -77,7 +77,7 @@ class BenchSettings:
     """Positions of a micro-batch, on both sides; 0: one group of separate rows, one row else."""
     micro_cuts: tuple[int, ...] = (1,)
     """Parts that a micro-batch of separate rows is cut into, in updates and log-probs; of several the
-    fastest of each side is measured. Fewer rows at once stay in a CPU's cache."""
+    fastest of each side is measured."""
     logits_budget_mib: int = 256
     """MiB of float32 logits that a side holds at once."""
     devices: int = 1

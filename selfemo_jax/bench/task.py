@@ -143,7 +143,7 @@ def _rows(settings: BenchSettings, sequences: list[TrainSequence], layout: str) 
         if micro_rows % (cut * settings.devices):
             raise ValueError(
                 f"bench: micro_cuts has {cut}: micro-batches of {micro_rows} rows on {settings.devices} "
-                "devices cannot be cut into so many equal parts"
+                "devices cannot be cut into so many equal parts; leave it out (--micro_cuts 1)"
             )
     return row_tokens, micro_rows
 
