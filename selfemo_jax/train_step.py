@@ -3,8 +3,8 @@
 A step is a sum: `Steps.rl_gradients` and `Steps.sft_gradients` add one micro-batch's gradient and metric sums
 to what came before, and `Steps.apply` takes the optimizer step once. Every weight of a token was decided on
 the host for the whole mini-batch (`algo.losses.token_weights`), so micro-batches, rows and devices only add.
-Micro-batches have one shape, so that a function compiles once, or once for each width of the output head that
-its rows ask for. Shape letters: B rows, T tokens, V vocabulary.
+Micro-batches have one shape: a function compiles once, or once for each width of the output head that its
+rows ask for. Shape letters: B rows, T tokens, V vocabulary.
 """
 
 import functools
@@ -72,6 +72,8 @@ class Steps:
     model: ModelConfig
     param_shardings: Params
     init_state: Callable[[Params], TrainState]
+    parts: Callable[[Params], tuple[Params, Params]]
+    """(trained, frozen), as the gradient functions take them: a copy of the blocks where some are frozen."""
     zeros: dict[str, Callable[[], Accumulator]]
     sft_gradients: Callable[..., Accumulator]
     rl_gradients: Callable[..., Accumulator]
@@ -222,8 +224,8 @@ def make_steps(
         gaps |= {"rollout_gap/dlogp_max": (largest, jnp.zeros(()))}
         return total, _pairs({"loss": (total, jnp.zeros(()))} | sums | gaps)
 
-    def add(objective, params, accumulator, batch):
-        trained, frozen = parted(params)
+    def add(objective, parts, accumulator, batch):
+        trained, frozen = parts
 
         def whole(trained, batch):
             return objective(joined(trained, frozen), batch)
@@ -239,17 +241,17 @@ def make_steps(
     out = Accumulator(gradients=trained_weights, sums=whole)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames="width")
-    def sft_gradients(params, accumulator, batch, *, width=None):
-        return add(functools.partial(sft_objective, width=width), params, accumulator, batch)
+    def sft_gradients(parts, accumulator, batch, *, width=None):
+        return add(functools.partial(sft_objective, width=width), parts, accumulator, batch)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out, static_argnames=("on_policy", "width"))
-    def rl_gradients(params, accumulator, batch, *, on_policy: bool, width=None):
+    def rl_gradients(parts, accumulator, batch, *, on_policy: bool, width=None):
         objective = functools.partial(rl_objective, on_policy=on_policy, width=width)
-        return add(objective, params, accumulator, batch)
+        return add(objective, parts, accumulator, batch)
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out)
-    def label_gradients(params, accumulator, batch):
-        return add(label_objective, params, accumulator, batch)
+    def label_gradients(parts, accumulator, batch):
+        return add(label_objective, parts, accumulator, batch)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, accumulator: Accumulator, rate):
@@ -315,6 +317,7 @@ def make_steps(
         model=model,
         param_shardings=weights,
         init_state=init_state,
+        parts=parted,
         zeros=zeros,
         sft_gradients=sft_gradients,
         rl_gradients=rl_gradients,
@@ -339,20 +342,11 @@ def update(
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer update from the micro-batches of ``batch``; ``kind`` is ``sft``, ``labels`` or ``rl``.
 
-    Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError, which
-    names ``where`` (the step), holds the state with its weights and moments untouched.
+    Returns the new state (the old one is donated) and the metrics as weighted means. NonFiniteError names
+    ``where`` (the step) and holds the state, its weights and moments untouched.
     """
-    accumulator, width = steps.zeros[kind](), target_width(batch)
-    for part in micro_batches(batch, micro_rows=micro_rows):
-        given = state.params, accumulator, device_batch(part, steps.mesh)
-        if kind == "sft":
-            accumulator = steps.at_width(steps.sft_gradients, *given, width=width)
-        elif kind == "labels":
-            accumulator = steps.label_gradients(*given)
-        else:
-            accumulator = steps.at_width(steps.rl_gradients, *given, width=width, on_policy=on_policy)
-    sums = accumulator.sums
-    means = jax.tree.map(lambda pair: pair[0] / jnp.where(pair[1] > 0, pair[1], 1.0), sums)
+    accumulator = _gradient(steps, state.params, batch, kind=kind, micro_rows=micro_rows, on_policy=on_policy)
+    means = jax.tree.map(lambda pair: pair[0] / jnp.where(pair[1] > 0, pair[1], 1.0), accumulator.sums)
     state, checks = steps.apply(state, accumulator, rate)
     metrics = {name: float(value) for name, value in jax.device_get(means | checks).items()}
     if not metrics.pop("finite"):
@@ -362,6 +356,21 @@ def update(
             state,
         )
     return state, metrics
+
+
+def _gradient(
+    steps: Steps, params: Params, batch: PackedBatch, *, kind: str, micro_rows: int, on_policy: bool
+) -> Accumulator:
+    accumulator, width, parts = steps.zeros[kind](), target_width(batch), steps.parts(params)
+    for rows in micro_batches(batch, micro_rows=micro_rows):
+        given = parts, accumulator, device_batch(rows, steps.mesh)
+        if kind == "sft":
+            accumulator = steps.at_width(steps.sft_gradients, *given, width=width)
+        elif kind == "labels":
+            accumulator = steps.label_gradients(*given)
+        else:
+            accumulator = steps.at_width(steps.rl_gradients, *given, width=width, on_policy=on_policy)
+    return accumulator
 
 
 def sequence_logprobs(

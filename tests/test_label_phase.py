@@ -68,13 +68,13 @@ def asked() -> list[Question]:
 
 def accumulated(layout: str):
     packed = pack(label_sequences(asked()), layout=layout, row_tokens=40, micro_rows=1)
-    params, total = weights(), steps().zeros["labels"]()
+    parts, total = steps().parts(weights()), steps().zeros["labels"]()
     rows = packed.batch.tokens.shape[0]
     for row in range(rows):
         part = {
             name: value[row : row + 1] for name, value in device_batch(packed.batch, steps().mesh).items()
         }
-        total = steps().label_gradients(params, total, part)
+        total = steps().label_gradients(parts, total, part)
     return total, packed
 
 

@@ -118,11 +118,11 @@ def test_new_adapters_change_nothing():
 def test_the_gradient_of_the_adapters_is_that_of_the_merged_weights_by_the_chain_rule():
     steps, params = steps_of(), policy()
     on_mesh = {name: jnp.asarray(getattr(batch(), name)) for name in vars(batch())}
-    found = steps.sft_gradients(params, steps.zeros["sft"](), on_mesh).gradients["lora"]
+    found = steps.sft_gradients(steps.parts(params), steps.zeros["sft"](), on_mesh).gradients["lora"]
     whole = make_steps(
         TINY, Compute(), make_mesh({}), optim=Optim(), loss=Loss(), temperature=1.0, logits_budget_mib=64
     )
-    dense = whole.sft_gradients(merge(params), whole.zeros["sft"](), on_mesh).gradients["layers"]
+    dense = whole.sft_gradients(whole.parts(merge(params)), whole.zeros["sft"](), on_mesh).gradients["layers"]
     for name, (inputs, outputs) in target_shapes(TINY, TARGETS).items():
         slope = np.asarray(dense[name], np.float64).reshape(TINY.num_layers, inputs, outputs)
         a, b = (np.asarray(params["lora"][name][part], np.float64) for part in ("a", "b"))
@@ -157,7 +157,7 @@ def test_no_gradient_of_the_base_is_computed():
 
     def flops(steps, params):
         on_mesh = {name: jnp.asarray(getattr(batch(), name)) for name in vars(batch())}
-        lowered = steps.sft_gradients.lower(params, steps.zeros["sft"](), on_mesh)
+        lowered = steps.sft_gradients.lower(steps.parts(params), steps.zeros["sft"](), on_mesh)
         return lowered.compile().cost_analysis()["flops"]
 
     whole = make_steps(

@@ -69,7 +69,9 @@ def test_a_trace_reads_like_the_code():
     batch = arrays(packed(sequences(), layout="separate", row_tokens=24).batch)
     params, _ = abstract_params(TINY)
     state, zeros = jax.eval_shape(steps.init_state, params), jax.eval_shape(steps.zeros["rl"])
-    update = steps.rl_gradients.lower(params, zeros, batch, on_policy=True).as_text(debug_info=True)
+    update = steps.rl_gradients.lower(
+        jax.eval_shape(steps.parts, params), zeros, batch, on_policy=True
+    ).as_text(debug_info=True)
     for scope in ("embed", "attention", "output_mlp", "lm_head"):
         # Within a gradient the name of a scope stands in brackets, as jvp(embed)/.
         assert re.search(rf"\b{scope}\)?/", update), scope

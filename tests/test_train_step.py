@@ -91,13 +91,13 @@ def host(tree):
 
 
 def summed(steps: Steps, params, batch: PackedBatch, *, micro_rows: int, kind: str):
-    total = steps.zeros[kind]()
+    total, parts = steps.zeros[kind](), steps.parts(params)
     for part in micro_batches(batch, micro_rows=micro_rows):
         on_mesh = device_batch(part, steps.mesh)
         if kind == "sft":
-            total = steps.sft_gradients(params, total, on_mesh)
+            total = steps.sft_gradients(parts, total, on_mesh)
         else:
-            total = steps.rl_gradients(params, total, on_mesh, on_policy=False)
+            total = steps.rl_gradients(parts, total, on_mesh, on_policy=False)
     return host(total)
 
 

@@ -35,7 +35,9 @@ def update_memory(num_tokens: int, *, width: int | None = None) -> tuple[int, st
     }
     weights, _ = abstract_params(QWEN)
     accumulator = jax.eval_shape(steps.zeros["rl"])
-    lowered = steps.rl_gradients.lower(weights, accumulator, batch, on_policy=False, width=width)
+    lowered = steps.rl_gradients.lower(
+        jax.eval_shape(steps.parts, weights), accumulator, batch, on_policy=False, width=width
+    )
     return lowered.compile().memory_analysis().temp_size_in_bytes, lowered.as_text()
 
 

@@ -6,6 +6,7 @@ Every weight is declared once, in `Decoder` and `Layers`, with its shape and its
 model, F MLP, N query heads, K key-value heads, H head size, V vocabulary, L layers.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,15 +156,15 @@ def layer_qkv(
     config: ModelConfig,
     x: Float[Array, "B T D"],
     tables: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]],
+    *,
+    product: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Norm, projections, head norms and rotation of one block; ``layer`` holds that block's slice of each
-    weight."""
+    weight, heads and their size as two dimensions or as one. ``product`` is that of `linear.matmul`."""
     normed = rms_norm(x, layer["attn_norm"], eps=config.norm_eps)
     projected = []
     for name in ("q", "k", "v"):
-        weight = layer[name]
-        flat = matmul(normed, weight.reshape(weight.shape[0], -1))
-        heads = plus_low_rank(flat, layer, name, normed).reshape(*x.shape[:-1], *weight.shape[1:])
+        heads = _project(layer, name, normed, product=product).reshape(*x.shape[:-1], -1, config.head_dim)
         if config.attention_bias:
             heads = heads + jnp.broadcast_to(layer[f"{name}_bias"], heads.shape)
         projected.append(heads)
@@ -174,20 +175,30 @@ def layer_qkv(
     return rotate(q, tables), rotate(k, tables), v
 
 
+def _project(
+    layer: Params, name: str, x: Float[Array, "B T I"], *, product: str | None
+) -> Float[Array, "B T O"]:
+    """``x`` by one matrix of a block, and by its adapter."""
+    weight = layer[name].reshape(x.shape[-1], -1)
+    return plus_low_rank(matmul(x, weight, product=product), layer, name, x)
+
+
 def layer_output(
-    layer: Params, config: ModelConfig, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]
+    layer: Params,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    attended: Float[Array, "B T N H"],
+    *,
+    product: str | None = None,
 ) -> Float[Array, "B T D"]:
     """Output projection of the attended heads and the gated MLP, each added to the residual stream."""
-    weight = layer["o"]
-    attended = attended.reshape(*x.shape[:-1], -1)
-    mixed = plus_low_rank(matmul(attended, weight.reshape(-1, weight.shape[-1])), layer, "o", attended)
+    project = functools.partial(_project, layer, product=product)
+    mixed = project("o", attended.reshape(*x.shape[:-1], -1))
     if config.attention_bias:
         mixed = mixed + jnp.broadcast_to(layer["o_bias"], mixed.shape)
     x = x + mixed
     normed = rms_norm(x, layer["mlp_norm"], eps=config.norm_eps)
-    gate = plus_low_rank(matmul(normed, layer["gate"]), layer, "gate", normed)
-    through = gated(gate, plus_low_rank(matmul(normed, layer["up"]), layer, "up", normed))
-    return x + plus_low_rank(matmul(through, layer["down"]), layer, "down", through)
+    return x + project("down", gated(project("gate", normed), project("up", normed)))
 
 
 def embed_tokens(
@@ -242,15 +253,18 @@ def forward(
     tables = rope_tables(positions, config)
     plan = layer_plan(segment_ids, prefix_ids, backend=backend)
 
+    product = weight_dtype("q", compute)
+
     def block(x, layer):
-        layer = cast_layer(layer, compute)
+        # Matrices are cast where they are multiplied, so that the backward pass keeps no copy of them.
+        layer = {name: w if name in _MATRICES else w.astype(compute.dtype) for name, w in layer.items()}
         with jax.named_scope("attention"):
-            q, k, v = layer_qkv(layer, config, x, tables)
+            q, k, v = layer_qkv(layer, config, x, tables, product=product)
             attended = packed_attention(
                 q, k, v, segment_ids, prefix_ids, backend=backend, mesh=mesh, plan=plan
             )
         with jax.named_scope("output_mlp"):
-            return pin(layer_output(layer, config, x, attended)), None
+            return pin(layer_output(layer, config, x, attended, product=product)), None
 
     if compute.remat == "full":
         block = jax.checkpoint(block)
@@ -261,10 +275,21 @@ def forward(
         x = pin(embed_tokens(params, compute, tokens, sharding=sharding))
     if LOWER in params:
         # No gradient enters from above, so the backward pass ends here and keeps nothing of these blocks.
-        x, _ = lax.scan(block, x, params[LOWER])
+        x, _ = lax.scan(block, x, _flat(params[LOWER]))
         x = lax.stop_gradient(x)
-    x, _ = lax.scan(block, x, block_weights(params))
+    x, _ = lax.scan(block, x, _flat(block_weights(params)))
     return rms_norm(x, params["final_norm"].astype(compute.dtype), eps=config.norm_eps)
+
+
+def _flat(layers: Params) -> Params:
+    """Stacked weights with heads and their size as one dimension: a matrix that a block reshapes is another
+    array, which its backward pass would keep."""
+    shapes = {"q": (0, 1, -1), "k": (0, 1, -1), "v": (0, 1, -1), "o": (0, -1, 3)}
+
+    def flat(name, w):
+        return w.reshape(*(w.shape[dim] if dim >= 0 else -1 for dim in shapes[name])) if name in shapes else w
+
+    return {name: flat(name, weight) for name, weight in layers.items()}
 
 
 def head_weight(params: Params, compute: Compute) -> Float[Array, "D V"]:

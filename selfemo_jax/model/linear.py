@@ -6,6 +6,8 @@ forms here are the same numbers without those two costs. Shape letters: B rows, 
 output dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,17 +21,20 @@ ATTENDED = "attended"
 """Name of what attention's backward pass needs of its forward pass."""
 
 
-def matmul(x: Float[Array, "*M D"], w: Float[Array, "D E"]) -> Float[Array, "*M E"]:
+def matmul(
+    x: Float[Array, "*M D"], w: Float[Array, "D E"], *, product: str | None = None
+) -> Float[Array, "*M E"]:
     """``x @ w`` for activations ``[..., D]`` and a weight ``[D, E]``; the result has ``x``'s dtype.
 
-    Where the dtypes differ the product is of the weight's, summed in float32, forward and backward.
+    Both factors are cast to ``product``, by default the weight's dtype, and summed in float32 where ``x`` has
+    another, forward and backward. The backward pass keeps them as they were given, and casts them again.
     """
-    return checkpoint_name(_matmul(x, w), PRODUCT)
+    return checkpoint_name(_matmul(x, w, product or w.dtype.name), PRODUCT)
 
 
-@jax.custom_vjp
-def _matmul(x, w):
-    return _product(x.astype(w.dtype), w, (((x.ndim - 1,), (0,)), ((), ())), x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, product):
+    return _product(x.astype(product), w.astype(product), (((x.ndim - 1,), (0,)), ((), ())), x.dtype)
 
 
 def _product(a, b, dimensions, dtype):
@@ -38,27 +43,27 @@ def _product(a, b, dimensions, dtype):
     return lax.dot_general(a, b, dimensions, preferred_element_type=sums).astype(dtype)
 
 
-def _matmul_forward(x, w):
-    return _matmul(x, w), (x.astype(w.dtype), w)
+def _matmul_forward(x, w, product):
+    # What is cast would be kept in a scan's stacks: a copy of the weights, and XLA:CPU rewrites a whole stack
+    # of bfloat16 at every layer.
+    return _matmul(x, w, product), (x, w)
 
 
-def _matmul_backward(residuals, g):
+def _matmul_backward(product, residuals, g):
     x, w = residuals
-    narrow = g.astype(w.dtype)
-    dx = _product(narrow, w, (((g.ndim - 1,), (1,)), ((), ())), g.dtype)
+    narrow = g.astype(product)
+    dx = _product(narrow, w.astype(product), (((g.ndim - 1,), (1,)), ((), ())), g.dtype)
     rows = tuple(range(x.ndim - 1))
     # XLA:CPU copies the first factor transposed, slowly: that is the narrower of the two.
     over_rows = ((rows, rows), ((), ()))
-    wide_input = x.shape[-1] > g.shape[-1]
     # Behind the barrier XLA:CPU cannot make one product of this and a transpose, of a form for which it has a
     # slow kernel in float32 and none in bfloat16. A GPU's products take transposed results as they are.
     apart = lax.optimization_barrier if jax.default_backend() == "cpu" else lambda product: product
-    if wide_input:
-        dw = apart(_product(narrow, x, over_rows, g.dtype)).T
+    if x.shape[-1] > g.shape[-1]:
+        dw = apart(_product(narrow, x.astype(product), over_rows, g.dtype)).T
     else:
-        dw = apart(_product(x, narrow, over_rows, g.dtype))
-    # Summed in float32 where the types differ; the cast to the weight's type is the last step.
-    return dx, dw.astype(w.dtype)
+        dw = apart(_product(x.astype(product), narrow, over_rows, g.dtype))
+    return dx, dw.astype(product).astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -56,6 +56,8 @@ class CompiledStep:
     optimizer: float
     accumulator: float
     batch: float
+    cut: float
+    """Weights that lie whole beside the update's arguments, which has them in two parts."""
     programs: tuple[Program, ...]
 
     def program(self, name: str) -> Program:
@@ -66,7 +68,7 @@ class CompiledStep:
         """Bytes while each function runs, with what lies beside its arguments."""
         beside = {
             # The gradient function is given the weights and the accumulator, not the moments.
-            "update": self.optimizer + reference,
+            "update": self.cut + self.optimizer + reference,
             "optimizer": reference,
             "logprobs": self.optimizer + reference,
         }
@@ -90,9 +92,11 @@ def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep
     wide = abstract_batch(mesh, rows=sizes.micro_rows * sizes.logprobs_at_once, tokens=sizes.row_tokens)
     empty: Any = steps.zeros["rl"]
     accumulator = _with_shardings(jax.eval_shape(empty), empty.lower().compile().output_shardings)
+    cut = jax.jit(steps.parts).lower(params).compile()
+    parts = _with_shardings(jax.eval_shape(steps.parts, params), cut.output_shardings)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     programs = [
-        _compiled("update", steps.rl_gradients, params, accumulator, batch, on_policy=_on_policy(config)),
+        _compiled("update", steps.rl_gradients, parts, accumulator, batch, on_policy=_on_policy(config)),
         _compiled("optimizer", steps.apply, state, accumulator, rate),
     ]
     if config.loss.kl_coef or not _on_policy(config):
@@ -105,6 +109,7 @@ def compile_step(model: ModelConfig, config: Config, mesh: Mesh) -> CompiledStep
         optimizer=local_bytes(state.opt_state),
         accumulator=local_bytes(accumulator),
         batch=local_bytes(batch),
+        cut=local_bytes(params["layers"]) if config.model.freeze.layers else 0.0,
         programs=tuple(programs),
     )
 

@@ -28,7 +28,8 @@ class Memory:
     logits: float
     """The output head at work; over before the backward pass reaches the blocks."""
     gathered: float
-    """Weights of one block, and of the tables, whole and in the compute type."""
+    """Weights of one block, and of the tables, whole and in the compute type; all blocks where some of them
+    are frozen, as the update then has them cut in two."""
     logprobs: float
     """A pass for reference or old log-probs, its batch included: forward alone, `batch.logprobs_at_once`
     micro-batches, and no accumulator beside it."""

@@ -174,7 +174,8 @@ def gathered_bytes(
     model: ModelConfig, config: Config, axes: Mapping[str, int], *, c: int, backward: bool = True
 ) -> float:
     """One block's weights (the next one's too, while this one computes) and both tables, with the tables'
-    gradient before it is added up over the devices; forward alone one table at a time."""
+    gradient before it is added up over the devices; forward alone one table at a time. With frozen blocks
+    the update's copy of all blocks, cut in two."""
     is_split = axes["fsdp"] > 1
     block = block_weights(model) / model.num_layers / axes["tp"]
     table = model.vocab_size * model.embed_dim / axes["tp"]
@@ -183,7 +184,8 @@ def gathered_bytes(
     copies = 0.0 if not is_split and c == stored else block * c * (2 if is_split else 1)
     tables = table * (c + head if backward else max(c, head)) if is_split or c != stored else 0.0
     back = backward and not config.lora.rank and not config.model.freeze.embeddings
-    return copies + tables + (4.0 * table if back else 0.0)
+    cut = stored * block_weights(model) / (axes["tp"] * axes["fsdp"]) if config.model.freeze.layers else 0.0
+    return copies + tables + (4.0 * table if back else 0.0) + (cut if backward else 0.0)
 
 
 def engine_weights(model: ModelConfig, config: Config, axes: Mapping[str, int]) -> float:

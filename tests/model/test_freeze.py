@@ -39,7 +39,7 @@ def batch():
 
 def gradients(steps: Steps, params):
     on_mesh = device_batch(batch(), steps.mesh)
-    return steps.sft_gradients(params, steps.zeros["sft"](), on_mesh).gradients
+    return steps.sft_gradients(steps.parts(params), steps.zeros["sft"](), on_mesh).gradients
 
 
 def test_parts_put_together_again_are_the_whole():
