@@ -112,6 +112,12 @@ def phase_dir(run_dir: Path, phase: Phase) -> Path:
     return run_dir / "phases" / phase.folder
 
 
+def kept_dir(run_dir: Path, phase: Phase, step: int, *, every: int, total: int) -> Path | None:
+    """Where the policy after ``step`` stays, if it does: the last one is what the phase leaves anyway."""
+    stays = every > 0 and step % every == 0 and step < total
+    return phase_dir(run_dir, phase) / "steps" / f"{step:06d}" if stays else None
+
+
 def is_done(run_dir: Path, phase: Phase) -> bool:
     """Whether the phase finished: its marker is written after everything else."""
     return (phase_dir(run_dir, phase) / DONE).exists()

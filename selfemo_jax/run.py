@@ -253,11 +253,12 @@ class Run:
     ) -> None:
         """Refresh the sampler, score on dev, log, save and stop, each when it is due."""
         self.global_step += 1
-        where = f"{phase.name} step {step}"
-        if warning := check_gap(metrics, self.config.rollout, where=where):
+        if warning := check_gap(metrics, self.config.rollout, where=f"{phase.name} step {step}"):
             self.log.say(warning)
-        every = self.config.eval.every
+        every, kept = self.config.eval.every, self.config.checkpoint.weights_every
         due = step == self._total or (every > 0 and step % every == 0)
+        if folder := plans.kept_dir(self.dir, phase, step, every=kept, total=self._total):
+            self._save_weights(folder, state.params, phase)
         if phase.kind == "rl" or (due and phase.kind != "labels"):
             self.refresh(state.params)
         scores = self._score_dev(phase, state.params) if due else {}

@@ -58,7 +58,7 @@ def flags(values: dict) -> list[str]:
 def random_settings() -> list[str]:
     """A run from random weights; what it leaves is `base_run`."""
     shape = {f"model.shape.{name}": value for name, value in SHAPE.items()}
-    return flags(shape | SIZES | {"flywheel.iterations": 0, "rl.steps": 1})
+    return flags(shape | SIZES | {"flywheel.iterations": 0, "rl.steps": 1, "checkpoint.weights_every": 60})
 
 
 def settings(**changes) -> list[str]:
@@ -70,6 +70,7 @@ def settings(**changes) -> list[str]:
         "cold_start.optim.lr": 1e-3,
         "eval.every": 1,
         "checkpoint.every": 1,
+        "checkpoint.weights_every": 2,
     }
     return flags(SIZES | few | {name.replace("__", "."): value for name, value in changes.items()})
 
@@ -165,6 +166,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert not different, f"{one} and {other} differ in {different}"
 
 
+def policies(run_dir: Path) -> list[Path]:
+    """The folders of weights in the phases of a run, those inside a phase too."""
+    found = (*run_dir.glob("phases/*/weights"), *run_dir.glob("phases/*/steps/*"))
+    return sorted(path.relative_to(run_dir) for path in found)
+
+
 def assert_same_runs(one: Path, other: Path) -> None:
     """Everything two runs leave is equal, but for clocks and folders."""
     assert untimed(one) == untimed(other)
@@ -180,8 +187,8 @@ def assert_same_runs(one: Path, other: Path) -> None:
             assert a.files == b.files
             for key in a.files:
                 assert a[key].tobytes() == b[key].tobytes(), (name, key)
-    weights = sorted(path.relative_to(one) for path in one.glob("phases/*/weights"))
-    assert weights == sorted(path.relative_to(other) for path in other.glob("phases/*/weights"))
+    weights = policies(one)
+    assert weights == policies(other)
     for folder in (*weights, Path("checkpoints/best")):
         assert_same_weights(one / folder, other / folder)
     predictions = "eval/dev_predictions.jsonl"

@@ -43,6 +43,9 @@ class Checkpoint:
     """Steps between states."""
     keep: Count = 2
     """Newest states kept; the best by dev score is kept apart."""
+    weights_every: Natural = 0
+    """Steps of a phase between policies that stay in its folder (``steps/STEP``) beside the one that it
+    leaves, to be evaluated or for ``study entropy``; 0: none. Each takes the space of the weights."""
     asynchronous: bool = True
     """Write while training goes on."""
 

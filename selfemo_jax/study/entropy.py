@@ -3,12 +3,13 @@
     python -m selfemo_jax.study entropy RUN [--answers recorded|sampled] [--rollouts 512] [--out DIR]
 
 (a) The mean entropy of the policy's next-token distributions over its rollouts, as every RL step logs it.
-(b) For the weights that each phase left, the mean entropy on the tokens of each part of an answer: reasoning,
-emotion, self-emotion, response. ``recorded`` (default) reads the run's recorded rollouts, the same ones for
-every phase, spread evenly over its RL steps; ``sampled`` lets each phase's weights answer held-out inputs
-(``--split``; ``selfemo`` are the run's held-out synthetic ones, as in the paper) at the rollout temperature,
-which is the policy's own entropy on data that it was not trained on. Only answers inside the grammar have
-parts; how many there are is told. Intervals draw dialogues.
+(b) For the weights that each phase left, and those inside a phase that `checkpoint.weights_every` kept, the
+mean entropy on the tokens of each part of an answer: reasoning, emotion, self-emotion, response. ``recorded``
+(default) reads the run's recorded rollouts, the same ones for all weights, spread evenly over its RL steps;
+``sampled`` lets each of them answer held-out inputs (``--split``; ``selfemo`` are the run's held-out
+synthetic ones, as in the paper) at the rollout temperature, which is the policy's own entropy on data that it
+was not trained on. Only answers inside the grammar have parts; how many there are is told. Intervals draw
+dialogues.
 (c) How varied the replies of each RL step were: different word n-grams (distinct-1, distinct-2) and self-BLEU
 among all replies of the step and among those to one input, where 1 says that all are alike. An entropy that
 falls while these stay is confidence; one that falls with them is collapse.
@@ -157,39 +158,49 @@ def variety_rows(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict
 
 
 def part_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each phase that left weights: answers, and mean entropy of each part with its interval."""
+    """One row for each policy in the run's phases: answers, and mean entropy of each part, with intervals."""
     from selfemo_jax.study.replies import settings_of
 
-    phases = sorted(path.parent for path in args.run.glob("phases/*/weights/config.json"))
-    folders = [path.parent for path in phases]
+    folders = policies(args.run)
     if not folders:
         raise ValueError(
-            f"{args.run}: no phase left weights in phases/; only finished phases can be measured"
+            f"{args.run}: no phase left weights in phases/; only finished phases, and "
+            "steps that checkpoint.weights_every kept, can be measured"
         )
-    config = settings_of(folders[0], data_root=args.data_root, persona=None)
+    config = settings_of(next(iter(folders.values())), data_root=args.data_root, persona=None)
     parts = build_parts(config)
     entropies = TokenEntropies(parts.model, parts.compute, parts.mesh)
     recorded = recorded_answers(args.run, parts, most=args.rollouts) if args.answers == "recorded" else None
     rows = []
-    for version, folder in enumerate(folders):
-        params = weights_of(parts, folder / "weights")
+    for version, (name, folder) in enumerate(folders.items()):
+        params = weights_of(parts, folder)
         asked, answers = recorded or sampled_answers(
             parts, params, inputs_of(args.run, config, args.split), most=args.rollouts, version=version
         )
         if not answers:
-            raise ValueError(
-                f"{folder.name}: none of {asked} answers is inside the grammar; nothing has parts"
-            )
+            rows.append({"phase": name, "answers": asked, "valid": 0})
+            continue
         values = entropies(
             params,
             [(*one.prompt, *one.completion) for one in answers],
             starts=[len(one.prompt) for one in answers],
             temperature=config.rollout.temperature,
         )
-        rows.append(
-            {"phase": folder.name, "answers": asked, "valid": len(answers)} | part_means(answers, values)
-        )
+        rows.append({"phase": name, "answers": asked, "valid": len(answers)} | part_means(answers, values))
+    if not any(row["valid"] for row in rows):
+        raise ValueError(f"{args.run}: no answer of any policy is inside the grammar; nothing has parts")
     return rows
+
+
+def policies(run_dir: Path) -> dict[str, Path]:
+    """Phase, or phase and step -> folder of weights, in the order in which the run made them."""
+    found = {}
+    for phase in sorted(run_dir.glob("phases/*")):
+        inside = sorted(path.parent for path in phase.glob("steps/[0-9]*/config.json"))
+        found |= {f"{phase.name} step {int(folder.name)}": folder for folder in inside}
+        if (phase / "weights" / "config.json").exists():
+            found[phase.name] = phase / "weights"
+    return found
 
 
 def part_means(answers: Sequence[Spoken], values: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -362,7 +373,7 @@ def draw(
             error = np.maximum(np.abs(bounds.T - y), 0)
             right.errorbar([place for place, _ in mine], y, yerr=error, marker="o", capsize=3, label=part)
     right.set(title="by part of the answer")
-    right.set_xticks(range(len(rows)), [row["phase"] for row in rows])
+    right.set_xticks(range(len(rows)), [row["phase"] for row in rows], rotation=20, ha="right")
     right.legend(fontsize="small", frameon=False)
     for axes in (left, *middle, right):
         axes.grid(alpha=0.3)

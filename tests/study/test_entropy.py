@@ -13,6 +13,7 @@ from selfemo_jax.devices import prepare
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute, forward, init_params, logits
 from selfemo_jax.rollout.engine import Completion
+from selfemo_jax.study import entropy
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.entropy import (
     Spoken,
@@ -186,7 +187,9 @@ def test_a_run_is_measured(answers, tmp_path, capsys):
     words = ["entropy", str(run), "--answers", answers, "--rollouts", "24", "--split", "dev"]
     assert main([*words, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "entropy.json").read_text())
-    assert [row["phase"] for row in found["by part"]] == ["00_cold", "01_rl_final"]
+    assert [row["phase"] for row in found["by part"]] == ["00_cold step 60", "00_cold", "01_rl_final"]
+    half, cold, _ = (row["all tokens"] for row in found["by part"])
+    assert abs(half - cold) > 1e-3
     for row in found["by part"]:
         assert row["answers"] >= row["valid"] > 0 and row["emotion"] > 0 and row["response"] > 0
         assert row["emotion ci"][0] <= row["emotion"] <= row["emotion ci"][1]
@@ -197,6 +200,24 @@ def test_a_run_is_measured(answers, tmp_path, capsys):
     assert measures == {"distinct_1", "distinct_2", "self_bleu", "self_bleu_in_group"}
     assert all(0 <= row["first"] <= 1 for row in found["variety of replies"])
     assert micro.NOTE in capsys.readouterr().out and found["note"] == micro.NOTE
+
+
+def test_a_policy_without_a_valid_answer_has_a_row_without_parts(tmp_path, monkeypatch, capsys):
+    answered = entropy.sampled_answers
+
+    def sampled(parts, params, inputs, *, most, version):
+        asked, valid = answered(parts, params, inputs, most=most, version=version)
+        return asked, valid if version else []
+
+    monkeypatch.setattr(entropy, "sampled_answers", sampled)
+    words = ["entropy", str(micro.base_run()), "--answers", "sampled", "--rollouts", "8", "--split", "dev"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    early, cold, _ = json.loads((tmp_path / "entropy.json").read_text())["by part"]
+    assert early == {"phase": "00_cold step 60", "answers": 8, "valid": 0} and cold["valid"] > 0
+    monkeypatch.setattr(entropy, "sampled_answers", lambda *_, **__: (8, []))
+    assert main([*words, "--out", str(tmp_path / "none")]) == 2
+    assert "nothing has parts" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_held_out_synthetic_inputs_are_those_of_the_harvest_or_missing_with_a_reason(tmp_path):
