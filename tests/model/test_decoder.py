@@ -180,7 +180,8 @@ def test_blocked_attention_lowers_the_compiled_memory():
 
 def test_memory_grows_linearly_with_rows():
     compute = Compute(attention="blocked", remat="full")
-    few, many = (step_memory(compute, config=SHALLOW, num_rows=rows, num_tokens=300) for rows in (2, 6))
+    # Up to three rows XLA:CPU takes an eighth less for each than from four on.
+    few, many = (step_memory(compute, config=SHALLOW, num_rows=rows, num_tokens=300) for rows in (4, 12))
     assert 2 * few < many < 3.1 * few
 
 
