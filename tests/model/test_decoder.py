@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,20 @@ def test_recomputation_of_all_but_attention_does_not_repeat_its_softmax():
         "attention": 6,
         "full": 9,
     }
+
+
+@pytest.mark.parametrize("compute", [Compute(product="bfloat16"), Compute(dtype="bfloat16")])
+def test_the_backward_pass_keeps_no_cast_copy_of_the_weights(compute):
+    shapes, _ = abstract_params(TINY)
+    batch = arrays(packed(sequences(), layout="separate", row_tokens=40).batch)
+    run = jax.jit(jax.grad(functools.partial(objective, kind="sft", config=TINY, compute=compute)))
+    text = run.lower(shapes, batch).as_text()
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        whole = shapes["layers"][name].shape
+        for shape in (whole, (*whole[:2], -1), (whole[0], -1, whole[-1])):
+            rest = math.prod(whole) // -math.prod(shape)
+            stack = "x".join(str(rest if size < 0 else size) for size in shape)
+            assert f"tensor<{stack}xbf16>" not in text, (name, stack)
 
 
 def test_blocked_attention_lowers_the_compiled_memory():

@@ -87,6 +87,14 @@ def test_an_update_leaves_frozen_weights_and_has_no_moments_for_them():
         assert (np.asarray(after.params["layers"][name][2:]) != np.asarray(weight[2:])).any(), name
 
 
+def test_weights_that_are_not_cut_are_not_copied_for_an_update():
+    params = weights(THREE)
+    trained, frozen = steps_of(True, 0).parts(params)
+    assert trained["layers"] is params["layers"] and frozen["embed"] is params["embed"]
+    trained, frozen = steps_of(True, 2).parts(params)
+    assert trained["final_norm"] is params["final_norm"] and frozen["embed"] is params["embed"]
+
+
 def test_a_model_without_a_trained_block_is_refused():
     with pytest.raises(ValueError, match=r"model.freeze.layers is 3 and the model has 3 blocks.*at most 2"):
         check_frozen(THREE, layers=3)
