@@ -218,12 +218,6 @@ def embed_tokens(
     return jnp.take(table, tokens, axis=0)
 
 
-def cast_layer(layer: Params, compute: Compute) -> Params:
-    """One block's weights in the compute dtype, its matrices in that of products: the stored (master) weights
-    keep theirs."""
-    return {name: weight.astype(weight_dtype(name, compute)) for name, weight in layer.items()}
-
-
 def weight_dtype(name: str, compute: Compute) -> str:
     """The type in which a block's weight of that name is used."""
     return compute.product or compute.dtype if name in _MATRICES else compute.dtype
@@ -252,7 +246,6 @@ def forward(
     mesh = None if sharding is None else sharding.mesh
     tables = rope_tables(positions, config)
     plan = layer_plan(segment_ids, prefix_ids, backend=backend)
-
     product = weight_dtype("q", compute)
 
     def block(x, layer):
@@ -284,12 +277,9 @@ def forward(
 def _flat(layers: Params) -> Params:
     """Stacked weights with heads and their size as one dimension: a matrix that a block reshapes is another
     array, which its backward pass would keep."""
-    shapes = {"q": (0, 1, -1), "k": (0, 1, -1), "v": (0, 1, -1), "o": (0, -1, 3)}
-
-    def flat(name, w):
-        return w.reshape(*(w.shape[dim] if dim >= 0 else -1 for dim in shapes[name])) if name in shapes else w
-
-    return {name: flat(name, weight) for name, weight in layers.items()}
+    heads = {name: layers[name].reshape(*layers[name].shape[:2], -1) for name in ("q", "k", "v")}
+    o = layers["o"]
+    return layers | heads | {"o": o.reshape(o.shape[0], -1, o.shape[-1])}
 
 
 def head_weight(params: Params, compute: Compute) -> Float[Array, "D V"]:
