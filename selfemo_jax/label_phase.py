@@ -63,7 +63,7 @@ def question_encoder(
 ) -> Callable[[Sequence[Sample]], tuple[Question, ...]]:
     """Dialogue -> its questions, weighted by how frequent each label is in ``dialogues``."""
     samples = [sample for group in dialogues.values() for dialogue in group for sample in dialogue]
-    weights = class_weights(samples, power=config.cold_start.labels.class_power)
+    weights = class_weights(samples, power=config.cold_start.class_power)
     encode = functools.partial(encode_prompt, codec=codec, config=config, persona=config.data.persona)
     return functools.partial(questions, table=table, encode=encode, weights=weights)
 

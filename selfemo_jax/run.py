@@ -78,7 +78,7 @@ class Run:
         self._dev = dev_subset(data, config)
         self.encode_input = functools.partial(run_inputs.encode_input, codec=parts.codec, config=config)
         self._table = label_phase.table_of(data, parts.codec, config)
-        self.encode_example = run_inputs.example_encoder(parts.codec, config, self._table)
+        self.encode_example = run_inputs.example_encoder(data, parts.codec, config, self._table)
 
     # What a run resumes from
 

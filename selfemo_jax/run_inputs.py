@@ -9,8 +9,9 @@ from typing import Any
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
 from selfemo_jax.data.curriculum import difficulties, root_of
+from selfemo_jax.data.dialogues import heaviest_label
 from selfemo_jax.data.inputs import Sample, shuffle_gold
-from selfemo_jax.data.label_rows import Answered, LabelTable
+from selfemo_jax.data.label_rows import Answered, LabelTable, class_weights
 from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
 from selfemo_jax.phases import ORIGINAL, SELFEMO, Phase
@@ -221,16 +222,25 @@ def example_dialogues(
     return found
 
 
-def example_encoder(codec: TextCodec, config: Config, table: LabelTable | None) -> Callable[[Any], Any]:
-    """`encode_example`, or with `cold_start.rows: dialogues` `encode_dialogue`."""
+def example_encoder(
+    data: RunData, codec: TextCodec, config: Config, table: LabelTable | None
+) -> Callable[[Any], Any]:
+    """`encode_example`, or with `cold_start.rows: dialogues` `encode_dialogue`, labels weighted by how
+    frequent they are in the training inputs."""
     if config.cold_start.rows != "dialogues":
         return functools.partial(encode_example, codec=codec, config=config)
     assert table is not None
-    return functools.partial(encode_dialogue, codec=codec, config=config, table=table)
+    weights = class_weights(data.all_train(), power=config.cold_start.class_power)
+    return functools.partial(encode_dialogue, codec=codec, config=config, table=table, weights=weights)
 
 
 def encode_dialogue(
-    examples: Sequence[Example], codec: TextCodec, config: Config, *, table: LabelTable
+    examples: Sequence[Example],
+    codec: TextCodec,
+    config: Config,
+    *,
+    table: LabelTable,
+    weights: Mapping[tuple[str, str], float],
 ) -> list[Answered]:
     """The examples of a dialogue as sequences that share what their prompts have in common; human-made ones
     that are not among `cold_start.whole_answers` end with their label."""
@@ -250,6 +260,7 @@ def encode_dialogue(
                 completion_ids=completion,
                 window=(sample.root_id, dropped),
                 label_at=label_at,
+                weight=weights.get((sample.dataset, heaviest_label(sample.gold)), 1.0),
             )
         )
     return answered

@@ -20,6 +20,7 @@ from selfemo_jax.run_inputs import (
     encode_dialogue,
     encode_example,
     encode_input,
+    example_encoder,
     opening_inputs,
     phase_examples,
     phase_inputs,
@@ -155,7 +156,7 @@ def test_answers_that_are_not_whole_end_with_their_label_and_are_drawn_by_the_se
 
     def encoded(share: float, seed: int = 0, own: Example | None = None) -> list[Answered]:
         config = settings(seed=seed, cold_start={"rows": "dialogues", "whole_answers": share})
-        return encode_dialogue([own] if own else examples, codec(), config, table=table)
+        return encode_dialogue([own] if own else examples, codec(), config, table=table, weights={})
 
     whole, some = encoded(1.0), encoded(0.4)
     cut = [answer for answer in some if answer not in whole]
@@ -168,6 +169,16 @@ def test_answers_that_are_not_whole_end_with_their_label_and_are_drawn_by_the_se
     # What the policy or an expert wrote is learned as it was written.
     (written,) = encoded(0.01, own=(originals(1)[0], whole[0].completion_ids))
     assert written.completion_ids == whole[0].completion_ids
+
+
+def test_a_rare_label_of_the_training_inputs_counts_more_in_an_answer():
+    common, rare = originals(4)[0], originals(4)[1]
+    data = run_data({"meld": [common, common, common, rare]})
+    table = label_table({"meld": MELD.labels}, codec(), thinking=False)
+    for power, expected in ((0.0, [1.0, 1.0]), (1.0, [2 / 3, 2.0])):
+        config = settings(cold_start={"rows": "dialogues", "class_power": power})
+        encode = example_encoder(data, codec(), config, table)
+        assert [one.weight for one in encode([(common, None), (rare, None)])] == pytest.approx(expected)
 
 
 def test_cold_start_num_is_shared_by_the_data_sets_and_fixed_by_the_seed():

@@ -44,6 +44,8 @@ class Answered:
     """As in `Question`."""
     label_at: int | None
     """Where the token that tells the label apart stands in the completion; None where it opens otherwise."""
+    weight: float = 1.0
+    """Weight of that token against the same of other answers."""
 
 
 def label_table(inventories: Mapping[str, Sequence[str]], codec: TextCodec, *, thinking: bool) -> LabelTable:
@@ -135,12 +137,12 @@ def label_sequences(asked: Sequence[Question]) -> list[TrainSequence]:
 
 def answer_sequences(answered: Sequence[Answered], *, label_weight: float) -> list[TrainSequence]:
     """Full answers as sequences; the weights of all their tokens sum to 1, that of the label counting
-    ``label_weight`` times."""
+    ``label_weight`` times its own."""
     rows = []
     for answer in answered:
         weights = np.ones(len(answer.completion_ids))
         if answer.label_at is not None:
-            weights[answer.label_at] = label_weight
+            weights[answer.label_at] = label_weight * answer.weight
         rows.append(weights)
     total = float(sum(weights.sum() for weights in rows))
     windows: dict[tuple[str, int], int] = {}

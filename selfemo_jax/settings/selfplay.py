@@ -26,8 +26,6 @@ class LabelRows:
     """Dialogues per optimizer step."""
     optim: Optim = field(default_factory=_label_optim)
     """Learning rate and schedule of this phase."""
-    class_power: Share = 0.0
-    """A label counts as its frequency to the power of minus this: 0 all lines alike, 1 all labels alike."""
     token_dropout: Share = 0.0
     """Share of the dialogue's tokens that are blanked in training, for models that overfit."""
     dev_dialogues: Count = 40
@@ -61,6 +59,9 @@ class ColdStart:
     their prompts have in common."""
     label_weight: Positive = 1.0
     """Weight of the token that tells the emotion label apart, where any other token has 1; rows dialogues."""
+    class_power: Share = 0.0
+    """A label counts as its frequency to the power of minus this (0 all lines alike, 1 all labels alike): in
+    the phase on labels, and with rows dialogues where an answer tells its label."""
     whole_answers: Share = 1.0
     """Share of the human-made answers that are learned to their end, drawn by the seed; the others end with
     the token that tells their label apart, which costs far fewer tokens; below 1 with rows dialogues."""

@@ -97,6 +97,14 @@ def test_the_label_token_of_an_answer_counts_more_than_the_others():
     assert first.group == second.group
 
 
+def test_the_label_of_one_answer_counts_more_than_that_of_another_and_its_form_does_not():
+    ids = {"prompt_ids": (1, 2), "completion_ids": (7, 8), "window": ("d", 0), "label_at": 1}
+    rare, common = answer_sequences([Answered(**ids, weight=3.0), Answered(**ids)], label_weight=2.0)
+    # 1 + 2 x 3 and 1 + 2 make 10.
+    assert rare.token_weight == pytest.approx((0.1, 0.6))
+    assert common.token_weight == pytest.approx((0.1, 0.2))
+
+
 def test_dropout_blanks_the_trunk_alone_and_the_same_tokens_for_a_seed():
     asked = [question(("d", 0), n, prompt=(*range(10, 30 + n), 5, 6)) for n in range(3)]
     batch = pack(label_sequences(asked), layout="shared_prefix", row_tokens=64, micro_rows=1).batch
