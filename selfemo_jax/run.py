@@ -55,7 +55,7 @@ class Run:
         self.config, self.parts, self.data, self.log = config, parts, data, log
         self.dir, self.codec, self.timer = log.run_dir, parts.codec, log.timer
         self.plan = plans.plan(config)
-        self.scorer = make_scorer(config)
+        self.scorer = make_scorer(config, data.all_train())
         self.sampling = Sampling(
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,

@@ -7,7 +7,7 @@ Shape letters: P prompts, G rollouts of a prompt, C classes (label slots, the la
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -34,17 +34,28 @@ from selfemo_jax.algo.rewards import (
 )
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
+from selfemo_jax.data.dialogues import heaviest_label
 from selfemo_jax.data.diversity import distinct, self_bleu
 from selfemo_jax.data.grammar import Answer, parse
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.label_arrays import answers_to_arrays, class_mask, gold_to_array, similarity_array
+from selfemo_jax.data.label_rows import class_weights
 from selfemo_jax.data.prompts import Prompt
 from selfemo_jax.rollout.engine import Completion, Group
 
-Scorer = Callable[..., dict[str, jax.Array]]
-
-
 _collapse_entropy = jax.jit(collapse_entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """How a run scores the groups of a step."""
+
+    kernels: Callable[..., dict[str, jax.Array]]
+    """Reward, consensus and advantages as one compiled function of ``(pred [P, G, C], gold [P, C],
+    valid [P, G], present [P, G], class_mask [P, C], step, total_steps, similarity [P, C, C] or None,
+    prompt_weights [P] or None)``."""
+    label_weights: Mapping[tuple[str, str], float]
+    """What a prompt's advantages count, by (data set, gold label); empty where all count alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +78,10 @@ class Scored:
     metrics: dict[str, float]
 
 
-def make_scorer(config: Config) -> Scorer:
-    """The reward, consensus and advantage kernels of this run as one compiled function of
-    ``(pred [P, G, C], gold [P, C], valid [P, G], present [P, G], class_mask [P, C], step, total_steps,
-    similarity [P, C, C] or None)``."""
+def make_scorer(config: Config, training: Sequence[Sample] = ()) -> Scorer:
+    """The scorer of this run; `advantages.class_power` counts the labels of its ``training`` inputs."""
+    power = config.advantages.class_power
+    label_weights = class_weights(training, power=power) if power else {}
     settings, preset = config.reward, reward_preset(config.reward.preset)
     preset = dataclasses.replace(preset, form=settings.combine or preset.form)
     presence = preset.presence if settings.presence is None else settings.presence
@@ -78,7 +89,7 @@ def make_scorer(config: Config) -> Scorer:
     custom = load_reward(settings.function) if settings.function else None
 
     @jax.jit
-    def score(pred, gold, valid, present, mask, step, total_steps, similarity):
+    def score(pred, gold, valid, present, mask, step, total_steps, similarity, prompt_weights=None):
         if custom is not None:
             r1 = custom(pred, gold, valid, mask)
         elif settings.primary == "accuracy":
@@ -122,6 +133,8 @@ def make_scorer(config: Config) -> Scorer:
             kind=config.advantages.kind,
             eps=config.advantages.eps,
         )
+        if prompt_weights is not None:
+            advantages = advantages * prompt_weights[:, None]
         distribution = core_distribution(pred, valid, mask, core=settings.core, presence=presence)
         core = core_set(distribution, top_k=settings.top_k)
         only, only_share = share_r2_only(r1, r2, advantages, present)
@@ -141,7 +154,7 @@ def make_scorer(config: Config) -> Scorer:
             / jnp.maximum(present.any(axis=1).sum(), 1),
         }
 
-    return score
+    return Scorer(kernels=score, label_weights=label_weights)
 
 
 def parse_completion(
@@ -204,7 +217,8 @@ def score_groups(
     if config.reward.primary == "similarity":
         similarity = similarity_array(config.reward.similarity, inventories, num_classes=num_classes)
     times = (np.float32(step), np.float32(total_steps))
-    computed = jax.device_get(scorer(pred, gold, valid, present, mask, *times, similarity))
+    weights = _prompt_weights(samples, scorer.label_weights)
+    computed = jax.device_get(scorer.kernels(pred, gold, valid, present, mask, *times, similarity, weights))
     distribution, named_gold = computed.pop("distribution"), computed.pop("named_gold")
     arrays = {name: computed.pop(name) for name in ("r1", "r2", "rewards", "advantages")}
     metrics = {name: float(value) for name, value in computed.items()}
@@ -223,6 +237,15 @@ def score_groups(
         metrics=metrics | _by_origin(samples, arrays["r1"], present),
         **arrays,
     )
+
+
+def _prompt_weights(
+    samples: Sequence[Sample], label_weights: Mapping[tuple[str, str], float]
+) -> np.ndarray | None:
+    if not label_weights:
+        return None
+    found = [label_weights.get((sample.dataset, heaviest_label(sample.gold)), 1.0) for sample in samples]
+    return np.array(found, np.float32)
 
 
 def _summary(arrays, present, valid, answers, groups) -> dict[str, float]:

@@ -63,6 +63,25 @@ def test_the_golden_group_has_the_rewards_and_advantages_of_the_method():
     assert found.metrics["reward/lambda"] == 0.5
 
 
+def test_prompts_of_a_rare_label_count_more_and_their_rewards_do_not_change():
+    joy, fear = sample(1, gold={"joy": 1.0}), sample(2, gold={"joy": 0.2, "fear": 0.8})
+    pair = [joy, fear], [group("a", GOLDEN), group("b", (*GOLDEN[:2], text([("fear", 1.0)]), MALFORMED))]
+    plain = scored(settings(), *pair)
+    config = settings(advantages={"class_power": 1.0})
+    found = scored(config, *pair, scorer=make_scorer(config, [joy, joy, joy, fear]))
+    # Frequencies 3 and 1: 1/3 and 1 over their mean over the four inputs, 1/2.
+    near(found.advantages, plain.advantages * np.array([[2 / 3], [2.0]]), 1e-6)
+    np.testing.assert_array_equal(found.rewards, plain.rewards)
+    assert np.abs(plain.advantages).min() > 0.1
+
+
+def test_without_class_power_the_inputs_are_not_counted():
+    config = settings()
+    one = [sample(gold={"fear": 1.0})], [group("a", (*GOLDEN[:2], text([("fear", 1.0)]), MALFORMED))]
+    counted = scored(config, *one, scorer=make_scorer(config, [sample(gold={"joy": 1.0})] * 3 + one[0]))
+    np.testing.assert_array_equal(counted.advantages, scored(config, *one).advantages)
+
+
 def test_lambda_grows_with_the_step_over_the_total():
     config = settings()
     scorer = make_scorer(config)

@@ -59,7 +59,7 @@ def group_rewards(groups: Sequence[Sequence[Prediction]], config: Config) -> Gro
     if config.reward.primary == "similarity":
         similarity = similarity_array(config.reward.similarity, inventories, num_classes=num_classes)
     last = np.float32(1)
-    found = make_scorer(config)(pred, gold, valid, np.ones_like(valid), mask, last, last, similarity)
+    found = make_scorer(config).kernels(pred, gold, valid, np.ones_like(valid), mask, last, last, similarity)
     return GroupRewards(
         r1=np.asarray(_iou(pred, gold, valid)),
         r2=np.asarray(found["r2"]),

@@ -53,6 +53,9 @@ class Advantages:
     """Whose deviation normalises: the total's, r1's alone, or each part by its own."""
     eps: Positive = 1e-6
     """Added to the deviation."""
+    class_power: Share = 0.0
+    """A prompt counts as the frequency of its gold label in the training inputs to the power of minus this,
+    1 in the mean: 0, the paper's, all prompts alike; 1 all labels of a set alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
