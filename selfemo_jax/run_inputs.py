@@ -194,19 +194,8 @@ def encode_example(
     example: Example, codec: TextCodec, config: Config
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt ids and completion ids of a supervised example."""
-    sample, completion = example
-    prompt = encode_input(sample, codec, config)[1]
-    if completion is None:
-        assert sample.reference is not None and sample.reference.labels is not None
-        completion = completion_ids(
-            sample.gold,
-            sample.reference.labels,
-            normalise_reply(sample.reference.text),
-            codec,
-            think="" if config.model.thinking else None,
-            think_open=prompt.think_open,
-        )
-    return prompt.token_ids, tuple(completion)
+    prompt = encode_input(example[0], codec, config)[1]
+    return prompt.token_ids, _completion(example, prompt, codec, config)
 
 
 def example_dialogues(
@@ -246,9 +235,9 @@ def encode_dialogue(
     that are not among `cold_start.whole_answers` end with their label."""
     answered = []
     for example in examples:
-        prompt, completion = encode_example(example, codec, config)
-        sample, opening = example[0], table.opening(example[0].dataset)
-        dropped = encode_input(sample, codec, config)[1].num_dropped_turns
+        sample, prompt = encode_input(example[0], codec, config)
+        completion = _completion(example, prompt, codec, config)
+        opening = table.opening(sample.dataset)
         label_at = len(opening) if completion[: len(opening)] == opening else None
         drawn = random.Random(f"whole/{config.seed}/{sample.id}").random()
         whole = drawn < config.cold_start.whole_answers or example[1] is not None
@@ -256,9 +245,9 @@ def encode_dialogue(
             completion = completion[: label_at + 1]
         answered.append(
             Answered(
-                prompt_ids=prompt,
+                prompt_ids=prompt.token_ids,
                 completion_ids=completion,
-                window=(sample.root_id, dropped),
+                window=(sample.root_id, prompt.num_dropped_turns),
                 label_at=label_at,
                 weight=weights.get((sample.dataset, heaviest_label(sample.gold)), 1.0),
             )
@@ -275,6 +264,22 @@ def opening_inputs(
     pool = [sample for name in sorted(sources) for sample in sources[name] if sample.depth < wheel.max_depth]
     random.Random(f"play/{seed}").shuffle(pool)
     return tuple(pool[: wheel.max_inputs])
+
+
+def _completion(example: Example, prompt: Prompt, codec: TextCodec, config: Config) -> tuple[int, ...]:
+    sample, completion = example
+    if completion is not None:
+        return tuple(completion)
+    assert sample.reference is not None and sample.reference.labels is not None
+    ids = completion_ids(
+        sample.gold,
+        sample.reference.labels,
+        normalise_reply(sample.reference.text),
+        codec,
+        think="" if config.model.thinking else None,
+        think_open=prompt.think_open,
+    )
+    return tuple(ids)
 
 
 def _fits(sample: Sample, *, codec: TextCodec, config: Config) -> bool:
