@@ -245,6 +245,11 @@ def _cold_start(config: Config) -> Iterator[str]:
             f"cold_start.whole_answers is {cold.whole_answers} and cold_start.rows is {cold.rows}: examples "
             "are learned whole; set cold_start.rows to dialogues"
         )
+    if cold.lines == "all" and cold.rows != "dialogues":
+        yield (
+            f"cold_start.lines is all and cold_start.rows is {cold.rows}: a line's label is learned in its "
+            "dialogue's row; set cold_start.rows to dialogues"
+        )
     if cold.whole_answers == 0 and cold.source != "none":
         yield "cold_start.whole_answers is 0: no answer would show its form; expected above 0"
 

@@ -59,7 +59,10 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
             inputs = cold_inputs(config, data) if asked else {}
             found = inputs or phase_examples(phase, data, (), parts.codec, config)
             by_dialogue = config.cold_start.rows == "dialogues" and not asked
-            num = sum(map(len, (example_dialogues(found) if by_dialogue else found).values()))
+            items = example_dialogues(found) if by_dialogue else found
+            if config.cold_start.lines == "all":
+                items = training_dialogues(data, config)
+            num = sum(map(len, items.values()))
             steps = math.ceil(config.cold_start.epochs * num / config.cold_start.batch_size)
         elif phase.kind == "labels":
             labels = config.cold_start.labels

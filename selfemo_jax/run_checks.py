@@ -107,7 +107,7 @@ def _in_use(config: Config, data: RunData) -> Iterator[tuple[Sequence[Sample], b
         usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
         train = by_dataset(usable) if "sft" in phases else {}
     chosen = list(train.values())
-    if "labels" in phases:
+    if "labels" in phases or ("sft" in phases and config.cold_start.lines == "all"):
         # Every labelled line is asked about there, not only those with an answer.
         dialogues = training_dialogues(data, config).values()
         chosen += [tuple(sample for dialogue in found for sample in dialogue) for found in dialogues]

@@ -14,6 +14,7 @@ from selfemo_jax.data.inputs import Sample, shuffle_gold
 from selfemo_jax.data.label_rows import Answered, LabelTable, class_weights
 from selfemo_jax.data.pipeline import Batch, mixture_weights, with_floor
 from selfemo_jax.data.prompts import Prompt, completion_ids, normalise_reply
+from selfemo_jax.label_phase import training_dialogues
 from selfemo_jax.phases import ORIGINAL, SELFEMO, Phase
 from selfemo_jax.rollout.engine import Request
 from selfemo_jax.rollout.stream import make_requests
@@ -28,6 +29,8 @@ MOST_OFTEN = 4
 """A synthetic input is asked at most so many times as often as an original one, however few there are."""
 Example = tuple[Sample, tuple[int, ...] | None]
 """An input and the completion to learn; None is the completion made of the human data."""
+LABEL_ALONE: tuple[int, ...] = ()
+"""In place of a completion: one that ends with the token that tells the gold label apart."""
 
 
 def synthetic_inputs(
@@ -88,11 +91,16 @@ def phase_examples(
     config: Config,
 ) -> dict[str, tuple[Example, ...]]:
     """Supervised examples by data set: of the human data or by experts for the cold start, else the accepted
-    best rollouts."""
+    best rollouts. With `cold_start.lines: all` the other labelled lines of the training dialogues are among
+    the former."""
     if ORIGINAL not in phase.buffer:
         return {SYNTHETIC: _accepted(phase, data, records, config)}
-    if config.cold_start.source in ("expert", "mixed"):
-        return _with_experts(data, codec, config)
+    asked = config.cold_start.source in ("expert", "mixed")
+    examples = (_with_experts if asked else _of_humans)(data, codec, config)
+    return _with_other_lines(examples, data, config) if config.cold_start.lines == "all" else examples
+
+
+def _of_humans(data: RunData, codec: TextCodec, config: Config) -> dict[str, tuple[Example, ...]]:
     usable = [s for s in data.all_train() if s.reference is not None and s.reference.labels]
     if not usable:
         raise ValueError(
@@ -124,6 +132,24 @@ def cold_inputs(config: Config, data: RunData) -> dict[str, tuple[Sample, ...]]:
         share = None if number is None else max(1, round(number * len(samples) / len(usable)))
         chosen[name] = fixed_subset(samples, share, seed=config.seed, purpose=f"cold/{name}")
     return chosen
+
+
+def _with_other_lines(
+    examples: Mapping[str, Sequence[Example]], data: RunData, config: Config
+) -> dict[str, tuple[Example, ...]]:
+    """The examples in the order of their dialogues, and among them every labelled line that has none."""
+    own: dict[str, list[Example]] = {}
+    for example in (example for chosen in examples.values() for example in chosen):
+        own.setdefault(example[0].id, []).append(example)
+    lines = {
+        name: [sample for dialogue in dialogues for sample in dialogue]
+        for name, dialogues in training_dialogues(data, config).items()
+    }
+    assert own.keys() <= {sample.id for samples in lines.values() for sample in samples}
+    return {
+        name: tuple(example for s in samples for example in own.get(s.id, [(s, LABEL_ALONE)]))
+        for name, samples in lines.items()
+    }
 
 
 def _with_experts(data: RunData, codec: TextCodec, config: Config) -> dict[str, tuple[Example, ...]]:
@@ -215,11 +241,13 @@ def example_encoder(
     data: RunData, codec: TextCodec, config: Config, table: LabelTable | None
 ) -> Callable[[Any], Any]:
     """`encode_example`, or with `cold_start.rows: dialogues` `encode_dialogue`, labels weighted by how
-    frequent they are in the training inputs."""
+    frequent they are in what the cold start learns from."""
     if config.cold_start.rows != "dialogues":
         return functools.partial(encode_example, codec=codec, config=config)
     assert table is not None
-    weights = class_weights(data.all_train(), power=config.cold_start.class_power)
+    lines = training_dialogues(data, config) if config.cold_start.lines == "all" else {}
+    learned = [sample for dialogues in lines.values() for dialogue in dialogues for sample in dialogue]
+    weights = class_weights(learned or data.all_train(), power=config.cold_start.class_power)
     return functools.partial(encode_dialogue, codec=codec, config=config, table=table, weights=weights)
 
 
@@ -236,8 +264,11 @@ def encode_dialogue(
     answered = []
     for example in examples:
         sample, prompt = encode_input(example[0], codec, config)
-        completion = _completion(example, prompt, codec, config)
-        opening = table.opening(sample.dataset)
+        opening, label = table.opening(sample.dataset), heaviest_label(sample.gold)
+        if example[1] == LABEL_ALONE:
+            completion = (*opening, table.token_ids[table.index(sample.dataset, label)])
+        else:
+            completion = _completion(example, prompt, codec, config)
         label_at = len(opening) if completion[: len(opening)] == opening else None
         drawn = random.Random(f"whole/{config.seed}/{sample.id}").random()
         whole = drawn < config.cold_start.whole_answers or example[1] is not None
@@ -249,7 +280,7 @@ def encode_dialogue(
                 completion_ids=completion,
                 window=(sample.root_id, prompt.num_dropped_turns),
                 label_at=label_at,
-                weight=weights.get((sample.dataset, heaviest_label(sample.gold)), 1.0),
+                weight=weights.get((sample.dataset, label), 1.0),
             )
         )
     return answered

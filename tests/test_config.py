@@ -295,6 +295,11 @@ def test_answers_cut_at_their_label_need_rows_of_dialogues_and_some_whole_ones()
     assert "above 0" in problems(cold_start={"whole_answers": 0.0, "rows": "dialogues"})
 
 
+def test_lines_without_an_answer_need_rows_of_dialogues():
+    found = problems(cold_start={"lines": "all"})
+    assert "cold_start.lines is all" in found and "set cold_start.rows to dialogues" in found
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -12,7 +12,7 @@ import pytest
 from selfemo_jax import dry_run
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import config_folder, read_config
-from selfemo_jax.data.dialogues import IEMOCAP, MELD
+from selfemo_jax.data.dialogues import IEMOCAP, MELD, Dialogue, Turn
 from selfemo_jax.settings.model import ModelSection, Shape
 from selfemo_jax.settings.selfplay import Flywheel, Retrain
 from tests.fabricated import run_data, sample, settings
@@ -156,3 +156,16 @@ def test_phase_on_labels_counts_dialogues(capsys):
     # No dialogue of the fabricated data has lines of its own; the cold start has 50, two passes of them.
     assert found["labels"][:2] == ["labels", "base"] and found["labels"][3] == "0"
     assert found["cold"][:2] == ["sft", "labels"] and found["cold"][3] == "2"
+
+
+def test_a_cold_start_on_all_lines_counts_all_dialogues(capsys, monkeypatch):
+    turns = tuple(Turn(speaker=name, text="a line", labels={"joy": 1.0}) for name in ("Ada", "Bo"))
+    dialogues = {
+        f"meld/train/d{n}": Dialogue(dataset="meld", split="train", dialogue_id=f"d{n}", turns=turns)
+        for n in range(12)
+    }
+    data = replace(run_data({"meld": [sample(1, dialogue="d0", gold={"joy": 1.0})]}), dialogues=dialogues)
+    monkeypatch.setattr(dry_run, "load_data", lambda config: data)
+    cold = {"rows": "dialogues", "lines": "all", "epochs": 2.0, "batch_size": 4}
+    found = rows(described(settings(cold_start=cold, phases="cold"), capsys))
+    assert found["cold"][3] == "6"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from selfemo_jax import run_checks
-from selfemo_jax.data.dialogues import IEMOCAP
+from selfemo_jax.data.dialogues import IEMOCAP, Dialogue, Turn
 from selfemo_jax.data.prompts import PromptTooLong
 from selfemo_jax.parts import build_parts, bundled_tokenizer
 from selfemo_jax.run_checks import check_prompts, check_verifier
@@ -62,6 +62,15 @@ def test_what_a_run_does_not_read_does_not_stop_it():
     # Nobody's reply is learned, and nothing else is trained.
     check_prompts(settings(phases="cold"), codec(), data)
     check_prompts(settings(phases="none"), codec(), run_data({"meld": [long(7, 150)]}))
+    # Its label is, where all lines are.
+    turns = tuple(Turn(speaker="Bo", text=text, labels={"joy": 1.0}) for _, text in unanswered.history)
+    dialogue = Dialogue(dataset="meld", split="train", dialogue_id="d1", turns=turns)
+    data = replace(data, dialogues={"meld/train/d1": dialogue})
+    check_prompts(settings(phases="cold"), codec(), data)
+    with pytest.raises(ValueError, match="meld/train/d1/1"):
+        check_prompts(
+            settings(phases="cold", cold_start={"rows": "dialogues", "lines": "all"}), codec(), data
+        )
 
 
 def test_a_persona_counts_where_it_is_told():

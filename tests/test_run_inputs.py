@@ -1,5 +1,6 @@
 """What a phase trains on: harvests by iteration, held-out roots, supervised examples, shares of a batch."""
 
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -8,18 +9,20 @@ from collections import Counter
 import pytest
 
 from selfemo_jax import run_inputs
-from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD
+from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Dialogue, Turn
 from selfemo_jax.data.grammar import parse
-from selfemo_jax.data.inputs import Reference
+from selfemo_jax.data.inputs import Reference, build_inputs
 from selfemo_jax.data.label_rows import Answered, label_table
 from selfemo_jax.data.pipeline import input_stream
 from selfemo_jax.phases import Phase
 from selfemo_jax.run_inputs import (
+    LABEL_ALONE,
     SYNTHETIC,
     Example,
     encode_dialogue,
     encode_example,
     encode_input,
+    example_dialogues,
     example_encoder,
     opening_inputs,
     phase_examples,
@@ -169,6 +172,62 @@ def test_answers_that_are_not_whole_end_with_their_label_and_are_drawn_by_the_se
     # What the policy or an expert wrote is learned as it was written.
     (written,) = encoded(0.01, own=(originals(1)[0], whole[0].completion_ids))
     assert written.completion_ids == whole[0].completion_ids
+
+
+def lines_of(name: str, *labels: str) -> Dialogue:
+    turns = tuple(
+        Turn(speaker=speaker, text=f"line {n}", labels={label: 1.0})
+        for n, (speaker, label) in enumerate(zip(itertools.cycle(("Ada", "Bo")), labels, strict=False))
+    )
+    return Dialogue(dataset="meld", split="train", dialogue_id=name, turns=turns)
+
+
+def test_lines_without_an_answer_are_asked_for_their_label_among_the_answers_of_their_dialogue():
+    dialogues = [lines_of("d0", "joy", "fear", "anger"), lines_of("d1", "joy")]
+    (answered,) = build_inputs(dialogues, MELD, rule="context_and_responder")
+    data = dataclasses.replace(
+        run_data({"meld": [answered]}), dialogues={f"meld/train/{d.dialogue_id}": d for d in dialogues}
+    )
+    config = settings(cold_start={"rows": "dialogues", "lines": "all", "class_power": 1.0})
+    first = phase("original", kind="sft")
+    examples = phase_examples(first, data, [], codec(), config)["meld"]
+    assert [(one.id, completion) for one, completion in examples] == [
+        ("meld/train/d0/0", LABEL_ALONE),
+        ("meld/train/d0/1", None),
+        ("meld/train/d0/2", LABEL_ALONE),
+        ("meld/train/d1/0", LABEL_ALONE),
+    ]
+    assert [len(d) for d in example_dialogues({"meld": examples})["meld"]] == [3, 1]
+    without = settings(cold_start={"rows": "dialogues"})
+    assert phase_examples(first, data, [], codec(), without) == {"meld": ((answered, None),)}
+
+    table = label_table({"meld": MELD.labels}, codec(), thinking=False)
+    encoded = example_encoder(data, codec(), config, table)(examples)
+    opening = table.opening("meld")
+    for (one, completion), answer in zip(examples, encoded, strict=True):
+        label = table.token_ids[table.index("meld", *one.gold)]
+        assert answer.label_at == len(opening)
+        assert answer.completion_ids[: len(opening) + 1] == (*opening, label)
+        assert (len(answer.completion_ids) == len(opening) + 1) == (completion == LABEL_ALONE)
+    # The labels of all four lines are counted, not that of the one input alone.
+    assert [answer.weight for answer in encoded] == pytest.approx([2 / 3, 4 / 3, 4 / 3, 2 / 3])
+
+
+def test_experts_answers_stand_among_the_other_lines():
+    dialogue = lines_of("d0", "joy", "fear", "anger")
+    inputs = build_inputs([dialogue], MELD, rule="context_and_responder")
+    written = ((inputs[0], (5, 6)), (inputs[0], (5, 7)))
+    data = dataclasses.replace(
+        run_data({"meld": inputs}), dialogues={"meld/train/d0": dialogue}, expert_examples=written
+    )
+    config = settings(
+        cold_start={"source": "expert", "rows": "dialogues", "lines": "all"},
+        expert={"endpoints": [{"name": "owl", "base_url": "http://127.0.0.1:9/v1", "model": "m"}]},
+    )
+    found = phase_examples(phase("original", kind="sft"), data, [], codec(), config)["meld"]
+    assert [(one.id[-1], completion) for one, completion in found] == [
+        ("0", LABEL_ALONE), ("1", (5, 6)), ("1", (5, 7)), ("2", LABEL_ALONE),
+    ]  # fmt: skip
 
 
 def test_a_rare_label_of_the_training_inputs_counts_more_in_an_answer():

@@ -62,6 +62,9 @@ class ColdStart:
     class_power: Share = 0.0
     """A label counts as its frequency to the power of minus this (0 all lines alike, 1 all labels alike): in
     the phase on labels, and with rows dialogues where an answer tells its label."""
+    lines: Literal["answered", "all"] = "answered"
+    """answered: the inputs that an answer can be made for or was written for; all: every other labelled
+    line of the training dialogues too, up to the token that tells its label apart; with rows dialogues."""
     whole_answers: Share = 1.0
     """Share of the human-made answers that are learned to their end, drawn by the seed; the others end with
     the token that tells their label apart, which costs far fewer tokens; below 1 with rows dialogues."""
