@@ -17,19 +17,19 @@ from selfemo_jax.xla_flags import with_applied
 THREADS_PER_DEVICE = 4
 
 
-def prepare(axes: Mapping[str, int], *, platform: str, alone: bool = True) -> tuple[Mesh, str]:
+def prepare(axes: Mapping[str, int], *, platform: str, taken: float = 0.0) -> tuple[Mesh, str]:
     """The mesh of the axes' sizes and a line that says what it is made of.
 
     On a CPU, missing devices are simulated; on GPUs too few are a ValueError that says what was found. Of
-    several processes each brings the same share of the mesh. ``alone`` on its GPUs, with no server beside it,
-    a process takes `MEMORY_SHARE` of their memory unless the environment says how much.
+    several processes each brings the same share of the mesh. On GPUs this process takes `MEMORY_SHARE` of
+    their memory, less the share ``taken`` by a server on the same, unless the environment says how much.
     """
     wanted = int(np.prod(list(axes.values())))
     share = local_share(wanted)
     expected, flags = platform_of(platform), os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = with_applied(flags, platform=expected, several=wanted > 1)
-    if expected == "gpu" and alone:
-        os.environ |= memory_settings()
+    if expected == "gpu":
+        os.environ |= memory_settings(taken=taken)
     if platform != "auto":
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else "cpu")
     os.environ |= thread_settings(share)

@@ -1,6 +1,7 @@
 """What a command works with: devices, tokenizer, model shape, weights, engine, assembled from the
 settings."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,8 +51,8 @@ def bundled_tokenizer() -> Path:
 def build_parts(config: Config) -> Parts:
     """Devices, tokenizer and model shape; ValueError where the model and the mesh or the tokenizer do not
     fit."""
-    alone = not _beside_servers(config)
-    mesh, devices = prepare(parse_mesh(config.mesh), platform=config.platform, alone=alone)
+    taken = taken_by_servers(config, visible_gpus())
+    mesh, devices = prepare(parse_mesh(config.mesh), platform=config.platform, taken=taken)
     section = config.model
     notes = [config.note] if config.note else []
     if section.path is not None:
@@ -94,13 +95,15 @@ def build_parts(config: Config) -> Parts:
     )
 
 
-def _beside_servers(config: Config) -> bool:
-    """Whether servers that this run starts take memory of the GPUs that it computes on."""
+def taken_by_servers(config: Config, gpus: Collection[str]) -> float:
+    """What servers that this run starts take of the memory of the ``gpus`` that it computes on, as a share of
+    each."""
     sidecar = config.rollout.sidecar
     if config.rollout.engine != "vllm" or sidecar.attach:
-        return False
+        return 0.0
     # Servers that name none are given the first of those that the trainer sees.
-    return not sidecar.devices or not set(map(str, sidecar.devices)).isdisjoint(visible_gpus())
+    apart = sidecar.devices and set(map(str, sidecar.devices)).isdisjoint(gpus)
+    return 0.0 if apart else sidecar.memory_share
 
 
 def base_weights(parts: Parts) -> Params:

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from selfemo_jax import parts
 from selfemo_jax.accelerators import memory_settings, memory_share, platform_of, visible_gpus
 from selfemo_jax.bench import process
 from selfemo_jax.bench.settings import BenchSettings
+from selfemo_jax.parts import taken_by_servers
 from tests.fabricated import settings
 
 NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -17,7 +17,7 @@ ASKED = """
 import os
 from selfemo_jax.devices import prepare
 try:
-    prepare({"data": 1, "fsdp": 1, "tp": 1}, platform=%r, alone=%r)
+    prepare({"data": 1, "fsdp": 1, "tp": 1}, platform=%r, taken=%r)
 except ValueError:
     pass
 print([os.environ.get(name) for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")])
@@ -34,32 +34,46 @@ def test_a_share_of_the_user_s_stays(given, share, added):
 
 
 @pytest.mark.parametrize(
-    ("platform", "alone", "given", "expected"),
+    ("platform", "taken", "given", "expected"),
     [
-        ("gpu", True, {}, ["0.92", None]),
-        ("gpu", True, {NAMES[1]: ".55"}, [None, ".55"]),
-        ("gpu", False, {}, [None, None]),
-        ("cpu", True, {}, [None, None]),
+        ("gpu", 0.0, {}, ["0.92", None]),
+        ("gpu", 0.0, {NAMES[1]: ".55"}, [None, ".55"]),
+        ("gpu", 0.35, {}, ["0.57", None]),
+        ("gpu", 0.35, {NAMES[1]: ".55"}, [None, ".55"]),
+        ("cpu", 0.35, {}, [None, None]),
     ],
 )
-def test_a_run_takes_its_share_of_a_gpu_before_jax_sees_it(platform, alone, given, expected):
+def test_a_run_takes_its_share_of_a_gpu_before_jax_sees_it(platform, taken, given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in (*NAMES, "XLA_FLAGS")}
     found = subprocess.run(
-        [sys.executable, "-c", ASKED % (platform, alone)], env=environment | given, capture_output=True,
+        [sys.executable, "-c", ASKED % (platform, taken)], env=environment | given, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     assert found.stdout.splitlines() == [str(expected), str(platform == "cpu")]
 
 
-def test_servers_on_the_run_s_own_gpus_are_seen(monkeypatch):
-    monkeypatch.setattr(parts, "visible_gpus", lambda: ("0", "1", "2", "3"))
+@pytest.mark.parametrize(
+    ("given", "taken", "told"),
+    [
+        ({}, 0.85, "memory_share is 0.85 of each GPU.*that leaves JAX 0.07; .*lower memory_share"),
+        ({NAMES[1]: ".75"}, 0.35, "gives JAX 0.75; expected at most 1 together"),
+        ({NAMES[0]: ".1"}, 0.35, "gives JAX 0.1; .* at least 0.2 for JAX"),
+    ],
+)
+def test_a_server_and_a_trainer_that_do_not_fit_on_a_gpu_are_refused(given, taken, told):
+    with pytest.raises(ValueError, match=told):
+        memory_settings(given, taken=taken)
 
-    def beside(**sidecar) -> bool:
-        return parts._beside_servers(settings(rollout={"engine": "vllm", "sidecar": sidecar}))
 
-    assert beside() and beside(devices=[3], replicas=1) and not beside(devices=[4], replicas=1)
-    assert not beside(attach=["http://10.0.0.1:8000"])
-    assert not parts._beside_servers(settings())
+def test_servers_on_the_run_s_own_gpus_are_seen():
+    def taken(**sidecar) -> float:
+        config = settings(rollout={"engine": "vllm", "sidecar": sidecar})
+        return taken_by_servers(config, ("0", "1", "2", "3"))
+
+    assert taken() == taken(devices=[3], replicas=1) == 0.85
+    assert taken(devices=[3], replicas=1, memory_share=0.4) == 0.4
+    assert taken(devices=[4], replicas=1) == taken(attach=["http://10.0.0.1:8000"]) == 0.0
+    assert taken_by_servers(settings(), ("0",)) == 0.0
 
 
 def test_jax_gets_as_much_of_the_gpu_as_pytorch_in_the_benchmark(tmp_path, monkeypatch):

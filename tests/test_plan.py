@@ -220,13 +220,17 @@ def test_what_a_run_may_fill_is_the_share_that_jax_is_told_to_take(tmp_path, mon
     # Card memory counts in GiB: below the number of the name where that is so many GB, never above it in GiB.
     sizes = {name: device.memory / GIB for name, device in PLAN_DEVICES.items()}
     assert sizes == {"h200": 139.8, "h100": 79.2, "h100-pcie": 79.2, "a100": 79.2, "l40s": 44.4, "l4": 22.0}
+    assert plan_device("h100", taken=0.5).usable == pytest.approx(0.42 * 79.2 * GIB)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".75")
-    assert plan_device("h100").usable == pytest.approx(0.75 * 79.2 * GIB)
+    assert plan_device("h100", taken=0.5).usable == pytest.approx(0.75 * 79.2 * GIB)
     words = ["--config", str(config_folder() / "tiny.yaml"), "--device", "h100", "--no_compile"]
     written = tmp_path / "made" / "plan.json"
     assert plan_tool.main([*words, "--json", str(written)]) == 0
     assert json.loads(written.read_text())["fits"]
-    assert "75% of all, as XLA_CLIENT_MEM_FRACTION says" in capsys.readouterr().out
+    assert (
+        "75% of all, what servers on the same GPU leave, unless XLA_CLIENT_MEM_FRACTION says"
+        in capsys.readouterr().out
+    )
 
 
 def test_wide_passes_for_logprobs_are_part_of_the_peak():

@@ -20,7 +20,7 @@ from selfemo_jax.config import Config, num_devices, parse_mesh
 from selfemo_jax.config_io import Flag, load_config
 from selfemo_jax.data.codec import load_codec
 from selfemo_jax.devices import prepare
-from selfemo_jax.parts import VOCAB_MULTIPLE, bundled_tokenizer
+from selfemo_jax.parts import VOCAB_MULTIPLE, bundled_tokenizer, taken_by_servers
 from selfemo_jax.plan.compiled import CompiledStep, compile_step
 from selfemo_jax.plan.devices import Efficiency, plan_device
 from selfemo_jax.plan.figures import Workload
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = command.extra
         if flags["json"]:
             Path(flags["json"]).parent.mkdir(parents=True, exist_ok=True)
-        device = plan_device(flags["device"], num_devices=num_devices(config.mesh))
+        number = num_devices(config.mesh)
+        taken = taken_by_servers(config, tuple(map(str, range(number))))
+        device = plan_device(flags["device"], num_devices=number, taken=taken)
         model, shape_from = planned_model(config, flags["model"], vocab_size=_vocab_size(config))
         workload = None
         if flags["prompt_tokens"] or flags["completion_tokens"]:

@@ -78,8 +78,9 @@ PLAN_DEVICES: dict[str, PlanDevice] = {
 """By the name that ``--device`` takes."""
 
 
-def plan_device(name: str, *, num_devices: int = 1) -> PlanDevice:
-    """A device of the table, or ``cpu``: this machine cut into ``num_devices``, its speed a guess."""
+def plan_device(name: str, *, num_devices: int = 1, taken: float = 0.0) -> PlanDevice:
+    """A device of the table, less the share ``taken`` by servers, or ``cpu``: this machine cut into
+    ``num_devices``, its speed a guess."""
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         cores = len(os.sched_getaffinity(0))
@@ -97,4 +98,4 @@ def plan_device(name: str, *, num_devices: int = 1) -> PlanDevice:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"--device {name}: not in the table; {hint}")
-    return replace(PLAN_DEVICES[name.lower()], share=memory_share())
+    return replace(PLAN_DEVICES[name.lower()], share=memory_share(taken=taken))

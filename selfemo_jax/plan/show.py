@@ -86,7 +86,7 @@ def _memory_words(plan: Plan) -> Iterator[str]:
     verdict, device = "fits" if plan.fits else "DOES NOT FIT", plan.device
     words = f"{verdict} into {device.usable / 2**20:,.0f} MiB usable, by formula: {device.share:.0%} of all"
     if device.name != "CPU":
-        words += f", as {MEMORY_VARIABLES[0]} says; where servers share the GPU, set it to what they leave"
+        words += f", what servers on the same GPU leave, unless {MEMORY_VARIABLES[0]} says how much"
     yield words
     if plan.formula_error is not None:
         yield f"the formulas are {plan.formula_error:+.1%} off the compiled step"

@@ -23,7 +23,8 @@ class Sidecar:
     """GPUs of the servers, replicas x tensor_parallel of them, as in [4, 5, 6, 7]; empty: the first of those
     that the trainer sees."""
     memory_share: Share = 0.85
-    """Share of each GPU's memory that a server takes; lower it where the trainer uses the same GPU."""
+    """Share of each GPU's memory that a server takes. Where the trainer uses the same GPU, it gets what is
+    left of 0.92, which must be 0.2 at least."""
     cpu_cache_gb: Count = 1
     """Key-value cache of a server on the CPU, GiB."""
     cpu_threads: Count = 1
