@@ -4,7 +4,7 @@ reply.
     python -m selfemo_jax.predict --checkpoint DIR [--labels joy,anger,...] [dialogues.jsonl]
 
 One JSON object a line in, ``{"dialogue_id", "turns": [{"speaker", "text"}], "responder"?, "persona"?,
-"labels"?}``, and one out. The last turn is the one to recognise. The label list is the dialogue's own, else
+"theme"?, "labels"?}``, and one out. The last turn is the one to recognise. The label list is the dialogue's own, else
 that of ``--labels``.
 """
 

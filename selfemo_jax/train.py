@@ -27,7 +27,9 @@ Departures from the paper, and points that its text leaves open:
 6. The loss is an exact token mean over the mini-batch, on any mesh. verl's older worker averages
    micro-batches (`loss.aggregation: micro-token-mean`).
 7. The reported policy is the best of the final phase by dev score; the test split is read once, at the end.
-8. `cold_start.labels` learns labels alone before the answers, one row a dialogue: for small models only.
+8. For small models only: labels of whole dialogues learned before the answers (`cold_start.labels`) or among
+   them (`rows: dialogues`, `lines: all`, `whole_answers`, `label_weight`, `class_power`), weights by class in
+   RL (`advantages.class_power`), and a penalty on repetition in scored answers (`eval.frequency_penalty`).
 """
 
 import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads

@@ -64,9 +64,9 @@ def label_table(inventories: Mapping[str, Sequence[str]], codec: TextCodec, *, t
         alike = [label for label, token in zip(labels, tokens, strict=True) if tokens.count(token) > 1]
         if alike:
             raise ValueError(
-                f"cold_start.labels: with this tokenizer the labels {', '.join(alike)} of {dataset} begin "
+                f"cold_start: with this tokenizer the labels {', '.join(alike)} of {dataset} begin "
                 "with the same token, which the loss cannot tell apart; use another tokenizer, or set "
-                "cold_start.labels.epochs to 0"
+                "cold_start.rows to examples and cold_start.labels.epochs to 0"
             )
         names += [(dataset, label) for label in labels]
         token_ids += tokens

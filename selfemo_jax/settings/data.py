@@ -56,7 +56,7 @@ class OutputSection:
     """Emotions an answer may list."""
     prompt_style: Literal["full", "brief", "dialogue"] = "full"
     """Complete rules with an example, for pretrained models; a short form for small ones; or the shortest,
-    whose prompts of one dialogue grow on one trunk, so that rows of `cold_start.labels` share it."""
+    whose prompts of one dialogue grow on one trunk, so that rows of dialogues share it."""
     descriptions: bool = False
     """Say in the prompt what each label of the known sets means."""
     biography: Literal["none", "train_lines", "expert"] = "none"
