@@ -120,9 +120,9 @@ def print_overlap(counted: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Non
         share = 100 * own["exact"] / max(1, own["rows"])
         print(
             f"{where}: {share:.1f} % of rows are training rows word for word (of {own['long']:,} "
-            f"rows with six words "
-            f"or more: {own['long_exact']}); {own['identical']} dialogues identical, {own['shared']} "
-            f"share a scene"
+            f"rows with six words or more: {own['long_exact']}); of {own['informative']:,} rows with five "
+            f"words or more {own['verbatim']} word for word, {own['near']} nearly; {own['identical']} "
+            f"dialogues identical, {own['shared']} share a scene"
         )
     for where, cross in counted["cross"].items():
         aligned = 100 * cross["rows_aligned"] / max(1, cross["rows"])

@@ -109,6 +109,12 @@ def shared_dialogues(
     return tuple(pairs)
 
 
+def num_near(first: Sequence[Dialogue], second: Sequence[Dialogue]) -> int:
+    """How many informative lines of `first` match one of `second`, whoever says them."""
+    found = _matches(_lines(first), _lines(second))
+    return len({(one, match.turns[0]) for (one, _), matches in found.items() for match in matches})
+
+
 def decontaminate(
     corpora: Mapping[str, Corpus], *, rule: str = "wide", keep_own: Iterable[str] = OFFICIAL_OVERLAP
 ) -> tuple[dict[str, Corpus], dict[str, Any]]:

@@ -1,8 +1,9 @@
 """How much of an evaluation split is in training data, counted line by line: the tables of `tools/data.py
 audit`.
 
-Words, informative lines and shared dialogues (strict rule) are those of `audit`; speakers are compared by
-their first name, as MELD has no other.
+Words, informative lines, matches (here: near) and shared dialogues (strict rule) are those of `audit`. Across
+sets speakers are compared by their first name, as MELD has no other; inside a set they are not, as IEMOCAP's
+actors differ from session to session.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, root_id, shared_dialogues, words_of
+from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, num_near, root_id, shared_dialogues, words_of
 from selfemo_jax.data.dialogues import Corpus, Dialogue
 
 LONG_WORDS = 6
@@ -31,6 +32,11 @@ class OwnOverlap:
     long: int
     """Rows of at least `LONG_WORDS` words."""
     long_exact: int
+    informative: int
+    verbatim: int
+    """Informative rows that are a training row word for word."""
+    near: int
+    """Informative rows near an informative training row, or one contained in the other."""
     dialogues: int
     identical: int
     """Dialogues with an informative row that are a training dialogue, row for row."""
@@ -69,6 +75,9 @@ def own_overlap(corpus: Corpus, split: str) -> OwnOverlap:
         exact=sum(line in known for line in rows),
         long=sum(len(line) >= LONG_WORDS for line in rows),
         long_exact=sum(len(line) >= LONG_WORDS and line in known for line in rows),
+        informative=sum(len(line) >= MIN_WORDS for line in rows),
+        verbatim=sum(len(line) >= MIN_WORDS and line in known for line in rows),
+        near=num_near(evaluation, train),
         dialogues=len(evaluation),
         identical=sum(
             tuple(dialogue) in whole and any(len(line) >= MIN_WORDS for line in dialogue)

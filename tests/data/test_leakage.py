@@ -50,8 +50,27 @@ def test_own_overlap_by_hand():
         dev=[],
     )
     assert own_overlap(meld, "test") == OwnOverlap(
-        rows=6, exact=5, long=3, long_exact=3, dialogues=3, identical=1, shared=2
+        rows=6,
+        exact=5,
+        long=3,
+        long_exact=3,
+        informative=3,
+        verbatim=3,
+        near=3,
+        dialogues=3,
+        identical=1,
+        shared=2,
     )
+
+
+def test_rows_nearly_those_of_own_training_are_counted_whoever_says_them():
+    near = ("Bo", "The ferry leaves at nine in the evening.")  # 6 of 8 words
+    part = ("Cy", "Well, I packed seven coats and one umbrella, you know.")
+    far = ("Ada", "The ferry leaves on Monday with the captain.")  # 3 of 11 words
+    again, short = ("Bo", A[1]), ("Ada", "The ferry.")
+    meld = corpus(MELD, train=[[A, B]], test=[[near, far], [part, again, short]], dev=[])
+    found = own_overlap(meld, "test")
+    assert (found.informative, found.verbatim, found.near) == (4, 1, 3)
 
 
 def test_cross_overlap_by_hand_compares_first_names():
@@ -85,18 +104,21 @@ def real(selfemo_data):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "percent", "long", "long_exact", "shared"),
+    ("name", "split", "percent", "long", "long_exact", "verbatim", "near", "shared"),
     [
-        ("meld", "dev", 15.3, 644, 0, 0),
-        ("meld", "test", 15.5, 1506, 5, 3),
-        ("emorynlp", "dev", 23.4, 449, 12, 4),
-        ("emorynlp", "test", 19.6, 499, 0, 0),
+        ("meld", "dev", 15.3, 644, 0, 2, 25, 0),
+        ("meld", "test", 15.5, 1506, 5, 9, 62, 3),
+        ("emorynlp", "dev", 23.4, 449, 12, 18, 45, 4),
+        ("emorynlp", "test", 19.6, 499, 0, 0, 9, 0),
     ],
 )
-def test_real_overlap_of_a_set_with_itself(real, name, split, percent, long, long_exact, shared):
+def test_real_overlap_of_a_set_with_itself(
+    real, name, split, percent, long, long_exact, verbatim, near, shared
+):
     found = own_overlap(real[name], split)
     assert round(100 * found.exact / found.rows, 1) == percent
     assert (found.long, found.long_exact, found.identical, found.shared) == (long, long_exact, 0, shared)
+    assert (found.verbatim, found.near) == (verbatim, near)
 
 
 # By another implementation of the same words all of these are the same, but near rows of MELD: 290 and 69.
