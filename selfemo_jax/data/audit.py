@@ -85,6 +85,12 @@ def title(name: str) -> str:
     return {"meld": "MELD", "emorynlp": "EmoryNLP", "iemocap": "IEMOCAP"}.get(name, name)
 
 
+def acted_kind(dialogue: Dialogue) -> str | None:
+    """Whether a dialogue of IEMOCAP is "scripted" or "improvised", by its id; None of those of other sets."""
+    kind = _IEMOCAP_KIND.search(dialogue.dialogue_id) if dialogue.dataset == "iemocap" else None
+    return {"impro": "improvised", "script": "scripted"}[kind[1]] if kind else None
+
+
 def shared_dialogues(
     first: Sequence[Dialogue], second: Sequence[Dialogue], *, rule: str = "strict"
 ) -> tuple[SharedPair, ...]:
@@ -192,10 +198,9 @@ def scored_parts(corpora: Mapping[str, Corpus], *, beside: Iterable[Corpus] = ()
     """
     parts = eval_parts(corpora, beside=beside)
     for corpus in corpora.values():
-        if corpus.name == "iemocap":
-            for dialogue in _evaluation(corpus):
-                if kind := _IEMOCAP_KIND.search(dialogue.dialogue_id):
-                    parts[root_id(dialogue)] = {"impro": "improvised", "script": "scripted"}[kind[1]]
+        for dialogue in _evaluation(corpus):
+            if kind := acted_kind(dialogue):
+                parts[root_id(dialogue)] = kind
     return parts
 
 

@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfemo_jax.data.audit import MIN_JACCARD, MIN_WORDS, num_near, root_id, shared_dialogues, words_of
+from selfemo_jax.data.audit import (
+    MIN_JACCARD,
+    MIN_WORDS,
+    acted_kind,
+    num_near,
+    root_id,
+    shared_dialogues,
+    words_of,
+)
 from selfemo_jax.data.dialogues import Corpus, Dialogue
 
 LONG_WORDS = 6
@@ -63,9 +71,10 @@ class CrossOverlap:
     other."""
 
 
-def own_overlap(corpus: Corpus, split: str) -> OwnOverlap:
-    """Counts for one evaluation split of a set."""
-    train, evaluation = corpus.splits["train"], corpus.splits[split]
+def own_overlap(corpus: Corpus, split: str, *, kind: str | None = None) -> OwnOverlap:
+    """Counts for one evaluation split of a set, or for its "scripted" or "improvised" dialogues alone."""
+    train = corpus.splits["train"]
+    evaluation = [d for d in corpus.splits[split] if kind is None or acted_kind(d) == kind]
     known = {words_of(turn.text) for dialogue in train for turn in dialogue.turns}
     whole = {tuple(words_of(turn.text) for turn in dialogue.turns) for dialogue in train}
     lines = [[words_of(turn.text) for turn in dialogue.turns] for dialogue in evaluation]
@@ -130,11 +139,12 @@ def num_aligned(one: Sequence[Words], other: Sequence[Words]) -> int:
 
 def tables(corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
     """Own and cross overlap of every dev and test split, as JSON types: `set/split` or `set/split <
-    other`."""
+    other`; of IEMOCAP also `set/split scripted` and `set/split improvised`."""
     own = {
-        f"{name}/{split}": asdict(own_overlap(corpus, split))
+        f"{name}/{split} {kind or ''}".rstrip(): asdict(own_overlap(corpus, split, kind=kind))
         for name, corpus in corpora.items()
         for split in ("dev", "test")
+        for kind in (None, *_acted_kinds(corpus.splits[split]))
     }
     cross = {
         f"{name}/{split} < {other}": asdict(cross_overlap(corpus, split, corpora[other]))
@@ -173,6 +183,10 @@ class _Index:
             if common == min(len(unique), len(own)) and _contains(words, line):
                 return True
         return False
+
+
+def _acted_kinds(dialogues: Sequence[Dialogue]) -> list[str]:
+    return sorted({kind for dialogue in dialogues if (kind := acted_kind(dialogue))}, reverse=True)
 
 
 def _spoken(dialogues: Sequence[Dialogue]) -> Iterator[tuple[str, Words]]:

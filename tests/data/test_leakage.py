@@ -1,5 +1,7 @@
 """Overlap counted line by line: by hand, and the known numbers of the real files."""
 
+import pickle
+
 import pytest
 
 from selfemo_jax.data.dialogues import EMORYNLP, MELD, Dialogue, Turn, load_corpora, make_corpus
@@ -9,6 +11,7 @@ from selfemo_jax.data.leakage import (
     cross_overlap,
     num_aligned,
     own_overlap,
+    tables,
     words_of,
 )
 
@@ -71,6 +74,37 @@ def test_rows_nearly_those_of_own_training_are_counted_whoever_says_them():
     meld = corpus(MELD, train=[[A, B]], test=[[near, far], [part, again, short]], dev=[])
     found = own_overlap(meld, "test")
     assert (found.informative, found.verbatim, found.near) == (4, 1, 3)
+
+
+def test_scripted_and_improvised_dialogues_of_iemocap_are_also_counted_apart(tmp_path):
+    said = {
+        "Ses01F_script01_1": ["I never wanted to leave this island.", "Why do you always come back late?"],
+        "Ses01F_impro01": ["The baggage desk is closed today, sorry."],
+        "Ses03F_impro01": ["Sit down!"],
+        "Ses02F_impro02": ["Good morning."],
+        "Ses05M_script01_1": ["I never wanted to leave this island!", "Why do you always come home late?"],
+        "Ses05M_script02_1": ["Then we walk.", "Nobody here has seen the postman today."],
+        "Ses05F_impro01": ["Somebody took my passport at the gate.", "The tide is out."],
+    }
+    speakers = {name: ["M", "F"][: len(lines)] for name, lines in said.items()}
+    labels = {name: [2] * len(lines) for name, lines in said.items()}
+    names = list(said)
+    (tmp_path / "iemocap").mkdir()
+    content = [speakers, labels, said, names[:3], names[4:], names[3:4]]
+    (tmp_path / "iemocap" / "iemocap.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    (corpus,) = load_corpora(["iemocap"], tmp_path)
+    own = tables({"iemocap": corpus})["own"]
+    counts = {
+        where: tuple(found[what] for what in ("dialogues", "rows", "informative", "verbatim", "near"))
+        for where, found in own.items()
+    }
+    assert counts == {
+        "iemocap/dev": (1, 1, 0, 0, 0),
+        "iemocap/dev improvised": (1, 1, 0, 0, 0),
+        "iemocap/test": (3, 6, 4, 1, 2),
+        "iemocap/test scripted": (2, 4, 3, 1, 2),  # the near row shares 6 of 8 words
+        "iemocap/test improvised": (1, 2, 1, 0, 0),
+    }
 
 
 def test_cross_overlap_by_hand_compares_first_names():
