@@ -3,7 +3,7 @@
     python tools/data.py stats meld emorynlp --root DIR      counts, repairs and warnings of the readers
     python tools/data.py fetch [meld emorynlp] --root DIR    get the public files, each checked by its SHA-256
     python tools/data.py fetch --list --root DIR             which files are there, where the others come from
-    python tools/data.py audit meld emorynlp --root DIR      dialogues that occur in training and evaluation
+    python tools/data.py audit meld emorynlp --root DIR      what training and evaluation share
 
 Without names: every data set found under the root; without a root the bundled corpora. The root is
 SELFEMO_DATA if not given.
@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from selfemo_jax.data.audit import decontaminate, eval_parts, leakage_warnings, title
+from selfemo_jax.data.audit import PARTS, decontaminate, leakage_warnings, root_id, scored_parts, title
 from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
 from selfemo_jax.data.fetch import fetch_files, files_of, state_of
 from selfemo_jax.data.leakage import tables
@@ -99,12 +99,8 @@ def audit(args: argparse.Namespace) -> None:
     for corpus in corpora:
         for line in leakage_warnings(corpus, policy=args.policy):
             print(f"{title(corpus.name)}: {line}")
-    parts = eval_parts(by_name)
-    for corpus in corpora:
-        for split in ("dev", "test"):
-            ids = [parts[f"{corpus.name}/{split}/{d.dialogue_id}"] for d in corpus.splits[split]]
-            count = f"{ids.count('shared')} of {len(ids)} dialogues occur in training"
-            print(f"{title(corpus.name)} {split}: {count}")
+    parts = scored_parts(by_name)
+    print_parts(corpora, parts)
     counted = tables(by_name)
     print_overlap(counted)
     _, report = decontaminate(by_name, rule=args.rule)
@@ -112,6 +108,15 @@ def audit(args: argparse.Namespace) -> None:
         print(line)
     print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
     _save({**report, "parts": parts, "overlap": counted}, args.json)
+
+
+def print_parts(corpora: Sequence[Corpus], parts: Mapping[str, str]) -> None:
+    """How many dialogues of each evaluation split are scored in which part."""
+    for corpus in corpora:
+        for split in ("dev", "test"):
+            found = [parts[root_id(dialogue)] for dialogue in corpus.splits[split]]
+            told = ", ".join(f"{found.count(part)} {part}" for part in PARTS if part in found)
+            print(f"{title(corpus.name)} {split}, dialogues by the part they are scored in: {told or 'none'}")
 
 
 def print_overlap(counted: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:

@@ -35,6 +35,8 @@ OFFICIAL_OVERLAP = ("iemocap",)
 """Sets whose own splits share their scripts by design: overlap inside them is reported, never dropped."""
 SAME_SOURCE = ("meld", "emorynlp")
 """Sets cut from the scripts of one series: what one is scored on stands in the other's training data."""
+PARTS = ("shared", "clean", "scripted", "improvised")
+"""What evaluation splits are scored in beside the whole, by `scored_parts`."""
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("'\u2019\u2018", ""))
 _WORD = re.compile(r"[a-z0-9]+")

@@ -1,4 +1,5 @@
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -21,6 +22,11 @@ A = "The ferry leaves at nine in the morning."
 B = "I packed seven coats and one umbrella!"
 C = "Nobody told me about the storm tonight."
 D = "Let us ask the captain for a cabin."
+ACTED = [
+    *("Ses01F_script01_1", "Ses01F_impro01", "Ses03F_impro01"),
+    "Ses02F_impro02",
+    *("Ses05M_script01_1", "Ses05F_impro01", "Ses05F_impro02"),
+]
 
 
 def dialogue(*texts, name="0", split="train", dataset="meld"):
@@ -294,6 +300,23 @@ def test_tool_prints_stats_and_audit_and_saves_them(tmp_path):
     # A root that was misspelt must not be answered with the bundled sample.
     empty = tool("stats", "--root", str(tmp_path / "dtaa"))
     assert (empty.returncode, empty.stdout) == (2, "") and empty.stderr.startswith("error: ")
+
+
+def test_tool_tells_the_parts_of_iemocap_that_evaluation_scores(tmp_path):
+    lines = {name: ["Where is the ferry?"] for name in ACTED}
+    content = [{name: ["F"] for name in ACTED}, {name: [2] for name in ACTED}, lines, ACTED[:3], ACTED[4:]]
+    (tmp_path / "iemocap").mkdir()
+    (tmp_path / "iemocap" / "iemocap.pkl").write_bytes(pickle.dumps([*content, ACTED[3:4]], protocol=2))
+    result = tool("audit", "iemocap", "--root", str(tmp_path), "--json", str(tmp_path / "audit.json"))
+    scored = "dialogues by the part they are scored in"
+    assert f"IEMOCAP dev, {scored}: 1 improvised\n" in result.stdout
+    assert f"IEMOCAP test, {scored}: 1 scripted, 2 improvised\n" in result.stdout
+    assert json.loads((tmp_path / "audit.json").read_text())["parts"] == {
+        "iemocap/dev/Ses02F_impro02": "improvised",
+        "iemocap/test/Ses05M_script01_1": "scripted",
+        "iemocap/test/Ses05F_impro01": "improvised",
+        "iemocap/test/Ses05F_impro02": "improvised",
+    }
 
 
 def test_real_utterances_in_shared_parts(real):
