@@ -20,7 +20,7 @@ from pathlib import Path
 from selfemo_jax.data.audit import PARTS, decontaminate, leakage_warnings, root_id, scored_parts, title
 from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
 from selfemo_jax.data.fetch import fetch_files, files_of, state_of
-from selfemo_jax.data.leakage import tables
+from selfemo_jax.data.leakage import cross_tables, tables
 from selfemo_jax.data.manifest import SHA256, SOURCES, URLS
 
 
@@ -103,11 +103,13 @@ def audit(args: argparse.Namespace) -> None:
     print_parts(corpora, parts)
     counted = tables(by_name)
     print_overlap(counted)
-    _, report = decontaminate(by_name, rule=args.rule)
+    cleaned, report = decontaminate(by_name, rule=args.rule)
     for line in report["messages"]:
         print(line)
     print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
-    _save({**report, "parts": parts, "overlap": counted}, args.json)
+    residual = cross_tables(cleaned)
+    print_residual(counted["cross"], residual)
+    _save({**report, "parts": parts, "overlap": counted, "residual": residual}, args.json)
 
 
 def print_parts(corpora: Sequence[Corpus], parts: Mapping[str, str]) -> None:
@@ -138,6 +140,17 @@ def print_overlap(counted: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Non
             f"{cross['informative']:,} rows "
             f"with five words or more the same speaker says {cross['verbatim']} word for word, "
             f"{cross['near']} nearly"
+        )
+
+
+def print_residual(before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]) -> None:
+    """Line by line: what decontamination leaves of the overlap between sets."""
+    for where, left in after.items():
+        shares = [100 * counts["near"] / max(1, counts["informative"]) for counts in (before[where], left)]
+        print(
+            f"left after that, {where}: of {left['informative']:,} rows with five words or more the same "
+            f"speaker says {left['verbatim']} word for word, {left['near']} nearly ({shares[1]:.1f} %, was "
+            f"{shares[0]:.1f} %)"
         )
 
 

@@ -146,14 +146,18 @@ def tables(corpora: Mapping[str, Corpus]) -> dict[str, dict[str, Any]]:
         for split in ("dev", "test")
         for kind in (None, *_acted_kinds(corpus.splits[split]))
     }
-    cross = {
+    return {"own": own, "cross": cross_tables(corpora)}
+
+
+def cross_tables(corpora: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Overlap of every dev and test split with the training data of the other sets: `set/split < other`."""
+    return {
         f"{name}/{split} < {other}": asdict(cross_overlap(corpus, split, corpora[other]))
         for name, corpus in corpora.items()
         for split in ("dev", "test")
         for other in corpora
         if other != name
     }
-    return {"own": own, "cross": cross}
 
 
 class _Index:

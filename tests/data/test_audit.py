@@ -17,6 +17,7 @@ from selfemo_jax.data.audit import (
     shared_dialogues,
 )
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Dialogue, Turn, load_corpora, make_corpus
+from tools import data
 
 A = "The ferry leaves at nine in the morning."
 B = "I packed seven coats and one umbrella!"
@@ -317,6 +318,21 @@ def test_tool_tells_the_parts_of_iemocap_that_evaluation_scores(tmp_path):
         "iemocap/test/Ses05F_impro01": "improvised",
         "iemocap/test/Ses05F_impro02": "improvised",
     }
+
+
+def test_tool_tells_what_decontamination_leaves(tmp_path, monkeypatch, capsys):
+    meld = corpus(MELD, train={"0": [A, B], "1": [D, "We never ate the cake there."]}, test={"0": [C]})
+    emory = corpus(EMORYNLP, train={"x": ["Hm."]}, test={"z": [A, B], "y": [D, C, "Yes."]})
+    monkeypatch.setattr(data, "load_corpora", lambda names, root: (meld, emory))
+    data.main(["audit", "meld", "emorynlp", "--json", str(tmp_path / "audit.json")])
+    # The wide rule drops D too, eight words in a dialogue that shares no other line; the strict one does not.
+    left = "left after that, emorynlp/test < meld: of 4 rows with five words or more the same speaker says"
+    assert f"{left} 0 word for word, 0 nearly" in capsys.readouterr().out
+    data.main(["audit", "meld", "emorynlp", "--rule", "strict"])
+    line = f"{left} 1 word for word, 1 nearly (25.0 %, was 75.0 %)\n"
+    assert line in capsys.readouterr().out
+    residual = json.loads((tmp_path / "audit.json").read_text())["residual"]
+    assert residual["emorynlp/test < meld"]["near"] == 0
 
 
 def test_real_utterances_in_shared_parts(real):
