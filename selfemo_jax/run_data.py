@@ -68,7 +68,7 @@ def load_data(config: Config) -> RunData:
     """Read the configured sets and build their inputs; the data module's errors say which file and line."""
     corpora = {corpus.label_set.name: corpus for corpus in _corpora(config)}
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
-    beside, unread = _same_source(config)
+    beside, unread = same_source(config.data.sets, _root(config))
     parts, parts_from = scored_parts(corpora, beside=beside), [*corpora, *(one.name for one in beside)]
     report["parts"] = {"from": sorted(parts_from), "unread": unread}
     if config.data.decontaminate:
@@ -118,6 +118,18 @@ def load_data(config: Config) -> RunData:
     if config.output.biography == "train_lines":
         return tell_biographies(data, count_lines(dialogues))
     return data
+
+
+def same_source(names: Sequence[str], root: Path | None) -> tuple[list[Corpus], dict[str, str]]:
+    """The sets that are not among the names but share scenes with one that is; and why one is not at hand."""
+    used, found, unread = set(names), [], {}
+    for name in SAME_SOURCE if used & set(SAME_SOURCE) else ():
+        if name not in used:
+            try:
+                found.extend(load_corpora([name], root))
+            except (ValueError, OSError) as error:
+                unread[name] = str(error)
+    return found, unread
 
 
 def doubts(data: RunData, config: Config) -> tuple[str, ...]:
@@ -200,18 +212,6 @@ def _corpora(config: Config) -> Sequence[Corpus]:
 def _root(config: Config) -> Path | None:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
     return Path(root) if root else None
-
-
-def _same_source(config: Config) -> tuple[list[Corpus], dict[str, str]]:
-    """The sets that the run does not use but that its own share scenes with; and why one is not at hand."""
-    used, found, unread = set(config.data.sets), [], {}
-    for name in SAME_SOURCE if used & set(SAME_SOURCE) else ():
-        if name not in used:
-            try:
-                found.extend(load_corpora([name], _root(config)))
-            except (ValueError, OSError) as error:
-                unread[name] = str(error)
-    return found, unread
 
 
 def _without_personas(corpus: Corpus) -> Corpus:

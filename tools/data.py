@@ -22,6 +22,7 @@ from selfemo_jax.data.dialogues import SPLITS, Corpus, load_corpora
 from selfemo_jax.data.fetch import fetch_files, files_of, state_of
 from selfemo_jax.data.leakage import cross_tables, tables
 from selfemo_jax.data.manifest import SHA256, SOURCES, URLS
+from selfemo_jax.run_data import same_source
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +72,7 @@ def add_fetch(commands: argparse._SubParsersAction) -> None:
 
 def stats(args: argparse.Namespace) -> None:
     """Print, and save if asked, the report of each reader."""
-    corpora = _load(args)
+    corpora = load_corpora(*_named(args))
     for corpus in corpora:
         report = corpus.report
         print(
@@ -94,12 +95,20 @@ def stats(args: argparse.Namespace) -> None:
 
 def audit(args: argparse.Namespace) -> None:
     """Print, and save if asked, what training and evaluation share."""
-    corpora = _load(args)
+    names, root = _named(args)
+    corpora = load_corpora(names, root)
     by_name = {corpus.name: corpus for corpus in corpora}
     for corpus in corpora:
         for line in leakage_warnings(corpus, policy=args.policy):
             print(f"{title(corpus.name)}: {line}")
-    parts = scored_parts(by_name)
+    beside, unread = same_source(names, root)
+    for corpus in beside:
+        print(f"{title(corpus.name)}: not named, but its training decides shared and clean too, as in scores")
+    for name, reason in unread.items():
+        print(
+            f"{title(name)} cannot be read: shared and clean are not those of scores that have it ({reason})"
+        )
+    parts = scored_parts(by_name, beside=beside)
     print_parts(corpora, parts)
     counted = tables(by_name)
     print_overlap(counted)
@@ -109,7 +118,18 @@ def audit(args: argparse.Namespace) -> None:
     print(f"decontaminate=True drops {len(report['dropped'])} training dialogues ({report['rows']:,} rows)")
     residual = cross_tables(cleaned)
     print_residual(counted["cross"], residual)
-    _save({**report, "parts": parts, "overlap": counted, "residual": residual}, args.json)
+    parts_from = sorted([*by_name, *(corpus.name for corpus in beside)])
+    _save(
+        {
+            **report,
+            "parts": parts,
+            "parts_from": parts_from,
+            "unread": unread,
+            "overlap": counted,
+            "residual": residual,
+        },
+        args.json,
+    )
 
 
 def print_parts(corpora: Sequence[Corpus], parts: Mapping[str, str]) -> None:
@@ -187,7 +207,7 @@ def _add_corpora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
 
 
-def _load(args: argparse.Namespace) -> tuple[Corpus, ...]:
+def _named(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     root = Path(args.root) if args.root else None
     found = [name for name in ("meld", "emorynlp", "iemocap") if root and (root / name).is_dir()]
     if root and not args.names and not found:
@@ -195,7 +215,7 @@ def _load(args: argparse.Namespace) -> tuple[Corpus, ...]:
             f"{root}: no folder meld, emorynlp or iemocap in it; get the files by `python tools/data.py "
             f"fetch --root {root}`, or name what to read, such as sample"
         )
-    return load_corpora(args.names or found or ["sample"], root)
+    return args.names or found or ["sample"], root
 
 
 def _save(content: object, path: Path | None) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from selfemo_jax import run_data
+from selfemo_jax.config import Config, DataSection
 from selfemo_jax.data import audit
 from selfemo_jax.data.audit import (
     decontaminate,
@@ -17,6 +19,7 @@ from selfemo_jax.data.audit import (
     shared_dialogues,
 )
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Dialogue, Turn, load_corpora, make_corpus
+from selfemo_jax.run_data import load_data
 from tools import data
 
 A = "The ferry leaves at nine in the morning."
@@ -333,6 +336,48 @@ def test_tool_tells_what_decontamination_leaves(tmp_path, monkeypatch, capsys):
     assert line in capsys.readouterr().out
     residual = json.loads((tmp_path / "audit.json").read_text())["residual"]
     assert residual["emorynlp/test < meld"]["near"] == 0
+
+
+def test_tool_scores_one_set_alone_as_beside_its_sister(tmp_path, monkeypatch, capsys):
+    there = {
+        "meld": corpus(MELD, train={"0": [A, B]}, test={"0": [C]}),
+        "emorynlp": corpus(EMORYNLP, train={"x": ["Hm."]}, test={"z": [A, B], "y": [D]}),
+    }
+
+    def read(names, root):
+        for name in names:
+            if name not in there:
+                raise FileNotFoundError(f"{root}/{name} does not exist")
+        return tuple(there[name] for name in names)
+
+    monkeypatch.setattr(data, "load_corpora", read)
+    monkeypatch.setattr(run_data, "load_corpora", read)
+
+    def audited():
+        data.main(["audit", "emorynlp", "--root", "DIR", "--json", str(tmp_path / "audit.json")])
+        saved = json.loads((tmp_path / "audit.json").read_text())
+        return capsys.readouterr().out, saved
+
+    told, saved = audited()
+    assert "MELD: not named, but its training decides shared and clean too, as in scores\n" in told
+    assert "EmoryNLP test, dialogues by the part they are scored in: 1 shared, 1 clean\n" in told
+    assert saved["parts"] == {"emorynlp/test/z": "shared", "emorynlp/test/y": "clean"}
+    assert (saved["parts_from"], saved["unread"]) == (["emorynlp", "meld"], {})
+    assert saved["dropped"] == [] and saved["overlap"]["cross"] == {}, "the other set is not trained on"
+    del there["meld"]
+    told, saved = audited()
+    assert "MELD cannot be read: shared and clean are not those of scores that have it (DIR/meld " in told
+    assert "EmoryNLP test, dialogues by the part they are scored in: 2 clean\n" in told
+    assert (saved["parts_from"], saved["unread"]) == (["emorynlp"], {"meld": "DIR/meld does not exist"})
+
+
+def test_real_emorynlp_alone_has_the_parts_that_evaluation_scores(selfemo_data, tmp_path, capsys):
+    data.main(["audit", "emorynlp", "--root", str(selfemo_data), "--json", str(tmp_path / "audit.json")])
+    assert "EmoryNLP test, dialogues by the part they are scored in: 16 shared, 63 clean\n" in (
+        capsys.readouterr().out
+    )
+    scored = load_data(Config(data=DataSection(sets=["emorynlp"], root=str(selfemo_data))))
+    assert json.loads((tmp_path / "audit.json").read_text())["parts"] == scored.parts
 
 
 def test_real_utterances_in_shared_parts(real):
