@@ -4,8 +4,8 @@ reply.
     python -m selfemo_jax.predict --checkpoint DIR [--labels joy,anger,...] [dialogues.jsonl]
 
 One JSON object a line in, ``{"dialogue_id", "turns": [{"speaker", "text"}], "responder"?, "persona"?,
-"theme"?, "labels"?}``, and one out. The last turn is the one to recognise. The label list is the dialogue's own, else
-that of ``--labels``.
+"theme"?, "labels"?}``, and one out. The last turn is the one to recognise. The label list is the dialogue's
+own, else that of ``--labels``.
 """
 
 import selfemo_jax.keep_memory  # noqa: F401, I001 - before NumPy starts threads
