@@ -54,7 +54,7 @@ FLAGS = {
     ),
     "out": Flag(
         help="folder for predictions and scores; default: eval/ in the run (of a finished one scored with "
-        "other settings a folder in it), or beside the checkpoint"
+        "other settings a folder in it), beside the checkpoint, or of an endpoint runs/endpoints/MODEL_at_URL"
     ),
 }
 
@@ -197,11 +197,12 @@ def _opened(config: Config, command: Command):
     ):
         raise ValueError("command line: name --checkpoint DIR, or --endpoint URL and --model NAME")
     if flags["endpoint"]:
-        folder = Path(flags["out"] or Path("runs") / "endpoints" / folder_name(flags["model"]))
+        url, model = flags["endpoint"], flags["model"]
+        folder = Path(flags["out"] or Path("runs") / "endpoints" / folder_name(model, url))
         with EndpointAnswers(
-            config, folder, url=flags["endpoint"], model=flags["model"], key_env=flags["key_env"]
+            config, folder, url=url, model=model, key_env=flags["key_env"], say=_say
         ) as endpoint:
-            yield endpoint.answers(), config, folder, f"{flags['model']} at {flags['endpoint']}"
+            yield endpoint.answers(), config, folder, f"{model} at {url}"
     elif flags["checkpoint"]:
         checkpoint = find_checkpoint(flags["checkpoint"])
         out = Path(flags["out"] or scores_folder(checkpoint, config))

@@ -2,13 +2,17 @@
 
 It is asked with the words of the policy's prompt (the whole history; the server has its own chat template),
 by the client of the experts: answers go into a cache beside the scores at once and are never asked for
-twice, what is temporary is tried again. Blanks around an answer are dropped, as servers differ in them; all
+twice, what is temporary is tried again. The cache belongs to one address: what another server says under the
+same model's name is asked of that one. Other weights behind the same address nobody can see from here, so
+what came from the cache is told. Blanks around an answer are dropped, as servers differ in them; all
 else is scored as the policy's answers are. A refused question is an answer outside the grammar.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,24 +31,45 @@ from selfemo_jax.settings.experts import Endpoint, Expert
 NAME = "endpoint"
 
 
-def folder_name(model: str) -> str:
-    """The model's name as the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", model).strip("._") or NAME
+def folder_name(model: str, url: str) -> str:
+    """A model at an address as the name of a folder."""
+    return f"{_plain(model)}_at_{address_name(url)}"
+
+
+def address_name(url: str) -> str:
+    """A server's address as part of a file's name: its own for each, with or without a slash at the end."""
+    place, digest = urlsplit(url), hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:8]
+    return f"{_plain(place.netloc + place.path)[:80]}-{digest}"
+
+
+def _plain(words: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", words).strip("._") or NAME
 
 
 class EndpointAnswers:
     """One server and model; closed by the end of its ``with`` block."""
 
-    def __init__(self, config: Config, folder: Path, *, url: str, model: str, key_env: str | None):
-        """Nothing is asked yet. ValueError for an address that is none, or a key that is not in the
-        environment."""
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        url: str,
+        model: str,
+        key_env: str | None,
+        say: Callable[[str], None] = print,
+    ):
+        """Nothing is asked yet; ``say`` hears how far the asking is, and what the cache answered. ValueError
+        for an address that is none, or a key that is not in the environment."""
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise ValueError(f"--endpoint {url}: expected an address such as http://127.0.0.1:8000/v1")
         if "@" in urlsplit(url).netloc:
             # The address stands beside every score.
             raise ValueError("--endpoint: the address holds a name or password; give a key by --key_env")
         folder.mkdir(parents=True, exist_ok=True)
-        self._config, self._path = config, folder / f"{NAME}_answers.jsonl"
+        self._config, self._say = config, say
+        self._path = folder / f"{NAME}_answers_{address_name(url)}.jsonl"
+        self._written = self._path.stat().st_mtime if self._path.exists() else None
         template = next(iter(config.expert.endpoints), Endpoint(name=NAME))
         extra = json.loads(template.extra_body) if template.extra_body else {}
         if config.eval.frequency_penalty:
@@ -91,8 +116,16 @@ class EndpointAnswers:
         self, panel: Panel, samples: Sequence[Sample], questions: Sequence[Question], *, what: str
     ) -> Iterator[Prediction]:
         answered = panel.ask(questions, what=what)
+        seconds = panel.seconds
+        kept = sum(answer.key not in seconds for (answer,) in answered)
+        if kept and self._written is not None:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self._written))
+            self._say(
+                f"{what}: {kept} of {len(answered)} are from {self._path}, last written {when}; if another "
+                f"model answers at {self._endpoint.base_url} since, delete that file to ask anew"
+            )
         for sample, (answer,) in zip(samples, answered, strict=True):
-            yield self._prediction(sample, answer, panel.seconds.get(answer.key))
+            yield self._prediction(sample, answer, seconds.get(answer.key))
 
     def _prediction(self, sample: Sample, answer: Answer, seconds: float | None) -> Prediction:
         text, finished = answer.text.strip(), answer.finish_reason != "length"
@@ -116,7 +149,7 @@ class EndpointAnswers:
             max_tokens=self._config.rollout.max_tokens, deadline=given.deadline, tries=given.tries,
             max_cost=given.max_cost,
         )  # fmt: skip
-        self._panel = Panel(settings, self._path)
+        self._panel = Panel(settings, self._path, say=self._say)
         return self._panel
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """A model behind a server of another process: what it is asked, what is kept, what it costs to stop."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -50,6 +52,41 @@ def test_answers_are_scored_and_never_asked_for_twice(tmp_path):
         assert len(requests(log)) == 5
 
 
+def test_a_server_is_never_scored_by_the_answers_of_another_of_the_same_model_name(tmp_path):
+    found = {}
+    for label in ("joy", "fear"):
+        answers = tmp_path / f"{label}.json"
+        answers.write_text(json.dumps([["Last turn", text([(label, 0.9)])]]))
+        with serving(tmp_path / label, "--answers", str(answers)) as url:
+            for address in (url, f"{url}/"):
+                with opened(tmp_path / "out", address) as endpoint:
+                    found.setdefault(label, []).extend(p.label for p in endpoint.greedy(inputs()))
+        assert len(requests(tmp_path / label)) == 3, "a slash at the end is no other server"
+    assert found == {"joy": ["joy"] * 6, "fear": ["fear"] * 6}
+
+
+def test_what_the_cache_answered_is_told_with_its_date_and_how_to_ask_anew(tmp_path):
+    told, log = [], tmp_path / "log"
+
+    def ask(number):
+        told.clear()
+        with EndpointAnswers(CONFIG, tmp_path, url=url, model="M", key_env=None, say=told.append) as endpoint:
+            assert len(list(endpoint.greedy(inputs(number)))) == number
+        return [line for line in told if "are from" in line]
+
+    with serving(log) as url:
+        assert ask(2) == [], "all were asked now"
+        (path,) = tmp_path.glob("endpoint_answers_*.jsonl")
+        noon = time.mktime((2026, 3, 4, 12, 30, 0, 0, 0, -1))
+        os.utime(path, (noon, noon))
+        (line,) = ask(3)
+        assert line.startswith(f"greedy answers: 2 of 3 are from {path}, last written 2026-03-04 12:30;")
+        assert f"model answers at {url} since, delete that file to ask anew" in line
+        assert len(requests(log)) == 3
+        path.unlink()
+        assert ask(3) == [] and len(requests(log)) == 6
+
+
 def test_samples_of_one_input_are_different_questions(tmp_path):
     with serving(tmp_path / "log") as url, opened(tmp_path, url) as endpoint:
         groups = list(endpoint.sampled(inputs(2), 3))
@@ -93,7 +130,24 @@ def test_an_address_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--key_env") as refused:
         opened(tmp_path, "http://me:secret@127.0.0.1:8000/v1")
     assert "secret" not in str(refused.value)
-    assert folder_name("M/one two") == "M_one_two" and folder_name("///") == "endpoint"
+
+
+def test_every_model_and_address_has_a_folder_of_its_own():
+    name = folder_name("M/one two", "http://127.0.0.1:8000/v1")
+    assert name.startswith("M_one_two_at_127.0.0.1_8000_v1-")
+    assert folder_name("M/one two", "http://127.0.0.1:8000/v1/") == name
+    assert folder_name("///", "http://h/v1").startswith("endpoint_at_h_v1-")
+    others = ("http://127.0.0.1:8001/v1", "http://127.0.0.1/8000/v1", "https://127.0.0.1:8000/v1")
+    assert len({name, *(folder_name("M/one two", other) for other in others)}) == 4
+
+
+def test_scores_of_two_servers_of_one_model_name_lie_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for log in ("a", "b"):
+        with serving(tmp_path / log) as url:
+            words = ["--endpoint", url, "--model", "M", "--data.sets=[sample/emorynlp]", "--split", "dev"]
+            assert evaluate.main(words) == 0
+    assert len(list((tmp_path / "runs" / "endpoints").glob("M_at_127.0.0.1_*/dev.json"))) == 2
 
 
 def test_the_command_scores_a_served_model(tmp_path, capsys):
