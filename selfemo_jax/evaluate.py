@@ -113,7 +113,7 @@ def evaluate_splits(
             found["frequency_penalty"] = answers.config.eval.frequency_penalty
             found["seconds"] = time.perf_counter() - started
             found["sets"] = score(predictions, data.label_sets, data.majority, data.parts)
-            found["speed"] = _speed(predictions, found["seconds"])
+            found["speed"] = _speed(predictions, found["seconds"], timed=answers.timed)
             drawn = folder / f"{split}_samples.jsonl"
             # Those of an earlier evaluation are not of these scores.
             drawn.unlink(missing_ok=True)
@@ -148,19 +148,19 @@ def _written(
     return done
 
 
-def _speed(predictions: Sequence[Prediction], seconds: float) -> dict[str, Any]:
-    """Tokens, throughput, and latency in seconds of the answers that were made now."""
+def _speed(predictions: Sequence[Prediction], seconds: float, *, timed: str) -> dict[str, Any]:
+    """Tokens of all answers; of those that were made now their rate and the quantiles of their seconds."""
     waited = np.array([p.seconds for p in predictions if p.seconds is not None])
-    quantiles = (
-        dict(zip(("p50", "p95"), np.quantile(waited, (0.5, 0.95)), strict=True)) if len(waited) else {}
-    )
+    latency = None
+    if len(waited):
+        p50, p95 = np.quantile(waited, (0.5, 0.95))
+        latency = {"p50": float(p50), "p95": float(p95), "n": len(waited), "of": timed}
     return {
-        "inputs_per_s": len(predictions) / seconds,
+        "inputs_per_s": len(waited) / seconds if len(waited) else None,
+        "unasked": len(predictions) - len(waited),
         "prompt_tokens": sum(p.num_prompt_tokens for p in predictions),
         "completion_tokens": sum(p.num_tokens for p in predictions),
-        "latency": {name: float(value) for name, value in quantiles.items()} | {"n": len(waited)}
-        if quantiles
-        else None,
+        "latency": latency,
     }
 
 

@@ -41,7 +41,8 @@ class Prediction:
     num_prompt_tokens: int
     num_tokens: int
     seconds: float | None = None
-    """From handing its batch over, or from sending its request, until the answer was there."""
+    """From handing its batch over, or from sending its request, until the answer was there; None where
+    nothing was asked for it now."""
 
     def to_json(self, part: str = "") -> dict[str, Any]:
         """One line of ``predictions.jsonl``; ``part`` of its set, where that is told in parts."""

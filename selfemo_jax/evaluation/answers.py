@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from selfemo_jax.config import Config
 from selfemo_jax.data.codec import TextCodec
@@ -22,6 +23,9 @@ class Answers:
     """That many answers to each input."""
     config: Config
     """The settings that they are given under."""
+    timed: Literal["batch", "request"] = "batch"
+    """What `Prediction.seconds` began with: handing a batch over, in which an answer waits for its turn, or
+    sending its own request."""
 
 
 def policy_answers(

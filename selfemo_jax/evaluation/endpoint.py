@@ -84,7 +84,7 @@ class EndpointAnswers:
 
     def answers(self) -> Answers:
         """As `evaluate` takes them."""
-        return Answers(greedy=self.greedy, sampled=self.sampled, config=self._config)
+        return Answers(greedy=self.greedy, sampled=self.sampled, config=self._config, timed="request")
 
     def greedy(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
         """One answer each at temperature 0."""
@@ -125,7 +125,8 @@ class EndpointAnswers:
                 f"model answers at {self._endpoint.base_url} since, delete that file to ask anew"
             )
         for sample, (answer,) in zip(samples, answered, strict=True):
-            yield self._prediction(sample, answer, seconds.get(answer.key))
+            # Inputs of the same prompt share one request.
+            yield self._prediction(sample, answer, seconds.pop(answer.key, None))
 
     def _prediction(self, sample: Sample, answer: Answer, seconds: float | None) -> Prediction:
         text, finished = answer.text.strip(), answer.finish_reason != "length"

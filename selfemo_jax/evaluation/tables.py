@@ -83,10 +83,16 @@ def _calibration(split: str, result: Mapping[str, Any]) -> Table:
 
 
 def speed_words(speed: Mapping[str, Any]) -> str:
-    """Throughput and latency in words."""
-    words = f"{speed['inputs_per_s']:.2f} inputs/s, {speed['completion_tokens']:,} tokens"
+    """Throughput and times in words. Seconds since a batch was handed over grow with the batch, and are not
+    called the latency of an answer."""
+    rate, unasked = speed["inputs_per_s"], speed["unasked"]
+    words = "nothing asked now" if rate is None else f"{rate:.2f} inputs/s"
+    if rate is not None and unasked:
+        words += f" ({unasked} more were not asked now)"
+    words += f", {speed['completion_tokens']:,} tokens"
     if latency := speed.get("latency"):
-        words += f", latency p50 {latency['p50']:.2f} s, p95 {latency['p95']:.2f} s (n={latency['n']})"
+        name = {"batch": "time in batch", "request": "latency"}[latency["of"]]
+        words += f", {name} p50 {latency['p50']:.2f} s, p95 {latency['p95']:.2f} s (n={latency['n']})"
     return words
 
 

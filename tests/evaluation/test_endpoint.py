@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from selfemo_jax.data.prompts import build_messages, build_prompt
 from selfemo_jax.evaluation.endpoint import EndpointAnswers, folder_name
 from selfemo_jax.experts.ask import ExpertError
 from tests.experts.chat_server import requests, serving
-from tests.fabricated import codec, sample, settings, text
+from tests.fabricated import codec, run_data, sample, settings, text
 
 CONFIG = settings(output={"prompt_style": "full"}, expert={"tries": 3})
 
@@ -85,6 +86,14 @@ def test_what_the_cache_answered_is_told_with_its_date_and_how_to_ask_anew(tmp_p
         assert len(requests(log)) == 3
         path.unlink()
         assert ask(3) == [] and len(requests(log)) == 6
+
+
+def test_inputs_of_one_prompt_share_a_request_and_its_time(tmp_path):
+    twins = [sample(0, gold={"joy": 1.0}), sample(0, gold={"joy": 1.0}, id="meld/train/d1/again")]
+    with serving(tmp_path / "log") as url, opened(tmp_path, url) as endpoint:
+        first, second = endpoint.greedy(twins)
+    assert len(requests(tmp_path / "log")) == 1
+    assert first.text == second.text and first.seconds > 0 and second.seconds is None
 
 
 def test_samples_of_one_input_are_different_questions(tmp_path):
@@ -173,10 +182,31 @@ def test_the_command_scores_a_served_model(tmp_path, capsys):
     assert found["reward"]["is"].startswith("R = r1 + 1 r2 over groups of 2")
     speed = found["speed"]
     assert speed["latency"]["n"] == 201 and 0 < speed["latency"]["p50"] <= speed["latency"]["p95"]
+    assert speed["latency"]["of"] == "request" and speed["unasked"] == 0
+    assert speed["inputs_per_s"] * found["seconds"] == pytest.approx(201)
     lines = (tmp_path / "out" / "dev_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 201 and speed["completion_tokens"] == sum(json.loads(x)["num_tokens"] for x in lines)
     printed = capsys.readouterr().out
-    assert "side by side" in printed and "sampled answers" in printed
+    assert "side by side" in printed and "sampled answers" in printed and "latency p50" in printed
+
+
+def test_the_rate_counts_no_answer_that_the_cache_gave(tmp_path):
+    asked = [replace(sample(n, gold={"joy": 1.0}), split="dev", root_id="meld/dev/d1") for n in range(3)]
+    data = replace(run_data({"meld": ()}), majority={"meld": "joy"}, parts={"meld/dev/d1": "clean"})
+
+    def speed(url, number):
+        whole = replace(data, evaluation={"dev": {"meld": tuple(asked[:number])}})
+        with opened(tmp_path, url) as endpoint:
+            found = evaluate.evaluate_splits(
+                endpoint.answers(), whole, splits=["dev"], note="", folder=tmp_path, say=print
+            )["dev"]
+        rate = found["speed"]["inputs_per_s"]
+        return rate and rate * found["seconds"], found["speed"]["unasked"], found["speed"]["latency"]
+
+    with serving(tmp_path / "log") as url:
+        assert speed(url, 2)[:2] == (pytest.approx(2), 0)
+        assert speed(url, 3)[:2] == (pytest.approx(1), 2)
+        assert speed(url, 3) == (None, 3, None)
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):

@@ -4,11 +4,11 @@ import pytest
 
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, LabelSet
 from selfemo_jax.data.grammar import parse
-from selfemo_jax.evaluation.tables import print_all
+from selfemo_jax.evaluation.tables import print_all, speed_words
 from selfemo_jax.scores import Prediction, prediction_of, score
 from tests.fabricated import run_data, sample, settings, text
 
-SPEED = {"inputs_per_s": 1.0, "completion_tokens": 1, "latency": None}
+SPEED = {"inputs_per_s": 1.0, "unasked": 0, "completion_tokens": 1, "latency": None}
 
 
 def predictions(labels: LabelSet, right: int, *, of: int = 4) -> list[Prediction]:
@@ -76,3 +76,15 @@ def test_parts_of_the_policy_stand_beside_those_of_the_yardsticks(shown):
     rows = shown({MELD: 3}, parts=parts)
     assert rows["this policy"][0] == "75.00"
     assert (rows["shared"][0], rows["clean"][0]) == ("100.00", "50.00")
+
+
+def test_time_in_a_batch_is_not_called_latency_and_cached_answers_have_no_rate():
+    latency = {"p50": 1.5, "p95": 4.0, "n": 3, "of": "batch"}
+    assert speed_words(SPEED | {"latency": latency}) == (
+        "1.00 inputs/s, 1 tokens, time in batch p50 1.50 s, p95 4.00 s (n=3)"
+    )
+    speed = SPEED | {"unasked": 2, "latency": latency | {"of": "request"}}
+    assert speed_words(speed) == (
+        "1.00 inputs/s (2 more were not asked now), 1 tokens, latency p50 1.50 s, p95 4.00 s (n=3)"
+    )
+    assert speed_words(SPEED | {"inputs_per_s": None, "unasked": 5}) == "nothing asked now, 1 tokens"
