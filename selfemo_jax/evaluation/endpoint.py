@@ -12,7 +12,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,7 @@ from selfemo_jax.data.grammar import parse
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.data.prompts import build_messages
 from selfemo_jax.evaluation.answers import Answers
-from selfemo_jax.experts.ask import Answer, Question
+from selfemo_jax.experts.ask import Answer, ExpertError, Question
 from selfemo_jax.experts.panel import Panel
 from selfemo_jax.scores import Prediction, prediction_of
 from selfemo_jax.settings.experts import Endpoint, Expert
@@ -40,6 +41,13 @@ def address_name(url: str) -> str:
     """A server's address as part of a file's name: its own for each, with or without a slash at the end."""
     place, digest = urlsplit(url), hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:8]
     return f"{_plain(place.netloc + place.path)[:80]}-{digest}"
+
+
+def _with_fields(endpoint: Endpoint, fields: Mapping[str, float]) -> Endpoint:
+    """The endpoint asked for these fields too where they are not 0; its own `extra_body` goes before them."""
+    extra = json.loads(endpoint.extra_body) if endpoint.extra_body else {}
+    extra = {name: value for name, value in fields.items() if value} | extra
+    return replace(endpoint, extra_body=json.dumps(extra) if extra else None)
 
 
 def _plain(words: str) -> str:
@@ -71,16 +79,13 @@ class EndpointAnswers:
         self._path = folder / f"{NAME}_answers_{address_name(url)}.jsonl"
         self._written = self._path.stat().st_mtime if self._path.exists() else None
         template = next(iter(config.expert.endpoints), Endpoint(name=NAME))
-        extra = json.loads(template.extra_body) if template.extra_body else {}
-        if config.eval.frequency_penalty:
-            extra = {"frequency_penalty": config.eval.frequency_penalty} | extra
-        extra_body = json.dumps(extra) if extra else None
-        self._endpoint = Endpoint(
-            name=NAME, base_url=url, model=model, key_env=key_env, extra_body=extra_body,
+        endpoint = Endpoint(
+            name=NAME, base_url=url, model=model, key_env=key_env, extra_body=template.extra_body,
             price_in=template.price_in, price_out=template.price_out, concurrency=template.concurrency,
         )  # fmt: skip
+        self._endpoint = _with_fields(endpoint, {"frequency_penalty": config.eval.frequency_penalty})
         self._panel: Panel | None = None
-        self._open(temperature=0.0, top_p=1.0)
+        self._open(self._endpoint, temperature=0.0, top_p=1.0)
 
     def answers(self) -> Answers:
         """As `evaluate` takes them."""
@@ -88,15 +93,16 @@ class EndpointAnswers:
 
     def greedy(self, samples: Sequence[Sample]) -> Iterator[Prediction]:
         """One answer each at temperature 0."""
-        panel = self._open(temperature=0.0, top_p=1.0)
+        panel = self._open(self._endpoint, temperature=0.0, top_p=1.0)
         questions = [self._question(sample) for sample in samples]
         yield from self._read(panel, samples, questions, what="greedy answers")
 
     def sampled(self, samples: Sequence[Sample], num: int) -> Iterator[tuple[Prediction, ...]]:
-        """``num`` answers each, drawn as `eval.temperature` and `eval.top_p` say; the server gets a seed
-        with each."""
+        """``num`` answers each, drawn as `eval.temperature`, `eval.top_p` and `eval.top_k` say; the server
+        gets a seed with each."""
         drawn = self._config.eval
-        panel = self._open(temperature=drawn.temperature, top_p=drawn.top_p)
+        endpoint = _with_fields(self._endpoint, {"top_k": drawn.top_k})
+        panel = self._open(endpoint, temperature=drawn.temperature, top_p=drawn.top_p)
         repeated = [sample for sample in samples for _ in range(num)]
         questions = [self._question(sample, attempt=i) for sample in samples for i in range(1, num + 1)]
         found = list(self._read(panel, repeated, questions, what=f"{num} sampled answers each"))
@@ -116,6 +122,13 @@ class EndpointAnswers:
         self, panel: Panel, samples: Sequence[Sample], questions: Sequence[Question], *, what: str
     ) -> Iterator[Prediction]:
         answered = panel.ask(questions, what=what)
+        if answered and all(answer.refused for (answer,) in answered):
+            # Scored as answers outside the grammar they would hide that no question was taken.
+            raise ExpertError(
+                f"{what}: {self._endpoint.base_url} refused all {len(answered)}, the last with "
+                f"{answered[-1][0].refused}. Look at eval.top_k, eval.frequency_penalty and extra_body: not "
+                "every server takes them"
+            )
         seconds = panel.seconds
         kept = sum(answer.key not in seconds for (answer,) in answered)
         if kept and self._written is not None:
@@ -142,11 +155,11 @@ class EndpointAnswers:
             num_prompt_tokens=answer.usage.prompt_tokens, num_tokens=answer.usage.completion_tokens,
         )  # fmt: skip
 
-    def _open(self, *, temperature: float, top_p: float) -> Panel:
+    def _open(self, endpoint: Endpoint, *, temperature: float, top_p: float) -> Panel:
         self.close()
         given = self._config.expert
         settings = Expert(
-            endpoints=[self._endpoint], temperature=temperature, top_p=top_p, timeout=given.timeout,
+            endpoints=[endpoint], temperature=temperature, top_p=top_p, timeout=given.timeout,
             max_tokens=self._config.rollout.max_tokens, deadline=given.deadline, tries=given.tries,
             max_cost=given.max_cost,
         )  # fmt: skip

@@ -29,7 +29,8 @@ class Eval:
     top_p: Share = 1.0
     """Their nucleus; 1: all tokens."""
     top_k: Natural = 0
-    """Their likeliest tokens; 0: all."""
+    """Their likeliest tokens; 0: all. An endpoint is asked for them by the field `top_k`, which vLLM takes
+    and OpenAI does not."""
     frequency_penalty: float = 0.0
     """Taken off a token's logit for each time that the answer holds it already, in greedy and drawn answers,
     as OpenAI and vLLM do: against a small model's loops. 0: off."""

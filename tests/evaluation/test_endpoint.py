@@ -106,17 +106,45 @@ def test_samples_of_one_input_are_different_questions(tmp_path):
     assert len(digests) == len(set(digests)) == 8, "the seed tells samples apart, and 0 is the greedy answer"
 
 
-def test_a_frequency_penalty_is_asked_of_the_server_and_of_no_other(tmp_path):
-    for name, penalty in (("plain", 0.0), ("less", 0.5)):
-        config = settings(output={"prompt_style": "full"}, eval={"frequency_penalty": penalty})
+@pytest.mark.parametrize(("field", "value"), [("frequency_penalty", 0.5), ("top_k", 20)])
+def test_a_penalty_and_the_likeliest_tokens_are_asked_of_the_server_where_they_are_set(
+    tmp_path, field, value
+):
+    for name, given in (("plain", 0), ("set", value)):
+        config = settings(output={"prompt_style": "full"}, eval={field: given})
         with (
             serving(tmp_path / name) as url,
             EndpointAnswers(config, tmp_path / f"{name}_out", url=url, model="M", key_env=None) as endpoint,
         ):
-            assert len(list(endpoint.greedy(inputs(1)))) == 1
-        (record,) = requests(tmp_path / name)
-        assert record["asked"].get("frequency_penalty", 0.0) == penalty
-        assert ("frequency_penalty" in record["asked"]) == bool(penalty)
+            assert len(list(endpoint.greedy(inputs(1)))) == len(list(endpoint.sampled(inputs(1), 1))) == 1
+        greedy, drawn = (record["asked"] for record in requests(tmp_path / name))
+        assert (field in drawn, drawn.get(field, 0)) == (bool(given), given)
+        # The likeliest token needs no list of the likeliest: greedy answers keep their place in the cache.
+        assert greedy.get(field) == (drawn.get(field) if field == "frequency_penalty" else None)
+
+
+def test_a_field_that_the_settings_give_the_server_goes_before_ours(tmp_path):
+    given = {"endpoints": [{"name": "one", "base_url": "http://h/v1", "model": "M"}]}
+    given["endpoints"][0]["extra_body"] = '{"top_k": null, "min_p": 0.1}'
+    config = settings(output={"prompt_style": "full"}, eval={"top_k": 20}, expert=given)
+    with (
+        serving(tmp_path / "log") as url,
+        EndpointAnswers(config, tmp_path, url=url, model="M", key_env=None) as endpoint,
+    ):
+        list(endpoint.sampled(inputs(1), 1))
+    (record,) = requests(tmp_path / "log")
+    assert "top_k" not in record["asked"] and record["asked"]["min_p"] == 0.1
+
+
+def test_a_server_that_takes_no_field_of_the_draw_is_not_scored_as_wrong(tmp_path):
+    config = settings(output={"prompt_style": "full"}, eval={"top_k": 20})
+    with (
+        serving(tmp_path / "log", "--faults", "ok,400,400") as url,
+        EndpointAnswers(config, tmp_path, url=url, model="M", key_env=None) as endpoint,
+    ):
+        assert len(list(endpoint.greedy(inputs(1)))) == 1
+        with pytest.raises(ExpertError, match=r"refused all 2, .*HTTP 400.*Look at eval\.top_k"):
+            list(endpoint.sampled(inputs(1), 2))
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monkeypatch):
