@@ -37,7 +37,7 @@ from selfemo_jax.evaluation.tables import print_all
 from selfemo_jax.evaluation.yardsticks import yardsticks
 from selfemo_jax.parts import build_parts, make_engine, weights_of
 from selfemo_jax.run_biographies import with_biographies
-from selfemo_jax.run_data import RunData, load_data
+from selfemo_jax.run_data import RunData, load_data, part_doubts
 from selfemo_jax.run_personas import with_personas
 from selfemo_jax.scores import Prediction, score
 from selfemo_jax.study.same_settings import FREE, differences
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = with_biographies(config, load_data(config))
             if not data.split(flags["split"]):
                 raise ValueError(f"--split {flags['split']}: no labelled {NOTHING}")
+            for line in part_doubts(data):
+                _say(f"data: {line}")
             if config.eval.persona == "given":
                 data = with_personas(config, data, split=flags["split"])
             evaluate_splits(

@@ -137,11 +137,7 @@ def doubts(data: RunData, config: Config) -> tuple[str, ...]:
     from training, a split that is not there, and prompts that hold less than the settings promise."""
     readers = data.report["readers"].values()
     told = [line for reader in readers for line in (*reader["warnings"], *reader["leakage"])]
-    unread = data.report["parts"]["unread"]
-    told += [
-        f"{name} cannot be read: the parts shared and clean are not those of runs that have it ({reason})"
-        for name, reason in unread.items()
-    ]
+    told += part_doubts(data)
     if not any(data.evaluation.get("dev", {}).values()):
         told.append("the data has no labelled dev utterance: the last policy is scored, not the best by dev")
     promised = config.data.persona and config.persona.source == "given" and config.phases != "none"
@@ -151,6 +147,14 @@ def doubts(data: RunData, config: Config) -> tuple[str, ...]:
             "persona.source expert a model infers them from the dialogues"
         )
     return tuple(f"data: {line}" for line in told)
+
+
+def part_doubts(data: RunData) -> list[str]:
+    """What the person who reads scores should know of the parts that they are told in."""
+    return [
+        f"{name} cannot be read: the parts shared and clean are not those of runs that have it ({reason})"
+        for name, reason in data.report["parts"]["unread"].items()
+    ]
 
 
 def tell_biographies(data: RunData, biographies: Biographies) -> RunData:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from selfemo_jax import run_data
+from selfemo_jax import evaluate, run_data
 from selfemo_jax.config import Config, DataSection, Reward
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, Corpus, Dialogue, Turn, make_corpus
 from selfemo_jax.run_data import by_dataset, doubts, fixed_subset, load_data
@@ -86,9 +86,11 @@ def test_parts_are_those_of_the_data_before_decontamination(loaded):
         assert set(data.parts.values()) == {"shared", "clean"}
 
 
-def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(monkeypatch):
+@pytest.fixture
+def there(monkeypatch):
+    """The sets that can be read, of which one test dialogue of MELD is a training dialogue of EmoryNLP."""
     meld = corpora()["meld"].splits
-    there = {
+    found = {
         "meld": make_corpus(MELD, {**meld, "test": [*meld["test"], aboard(MELD, "test")]}),
         "emorynlp": make_corpus(
             EMORYNLP, {split: [aboard(EMORYNLP, split)] for split in ("train", "dev", "test")}
@@ -96,13 +98,16 @@ def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(monkeypatch):
     }
 
     def read(names, root, **options):
-        missing = [name for name in names if name not in there]
+        missing = [name for name in names if name not in found]
         if missing:
             raise FileNotFoundError(f"{missing[0]} does not exist")
-        return tuple(there[name] for name in names)
+        return tuple(found[name] for name in names)
 
     monkeypatch.setattr(run_data, "load_corpora", read)
+    return found
 
+
+def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(there):
     def load(*names):
         return load_data(Config(data=DataSection(sets=list(names))))
 
@@ -116,6 +121,16 @@ def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(monkeypatch):
     assert (alone.parts["meld/test/x"], alone.parts_from) == ("clean", ("meld",))
     (line,) = doubts(alone, UNTOLD)
     assert line.startswith("data: emorynlp cannot be read: the parts shared and clean are not those of runs")
+
+
+def test_an_evaluation_says_that_its_parts_are_not_those_of_runs_of_both_sets(there, tmp_path, capsys):
+    words = ["--yardsticks", "--data.sets=[meld]", "--split", "test", "--out", str(tmp_path)]
+    said = "data: emorynlp cannot be read: the parts shared and clean are not those of runs that have it"
+    assert evaluate.main(words) == 0
+    assert said not in capsys.readouterr().out
+    del there["emorynlp"]
+    assert evaluate.main(words) == 0
+    assert f"{said} (emorynlp does not exist)\n" in capsys.readouterr().out
 
 
 def test_real_meld_alone_has_the_shared_dialogues_of_both_sets(selfemo_data):
