@@ -32,7 +32,8 @@ class RunData:
     """Most frequent training label of each set."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Root dialogue of an evaluation input -> shared, clean, scripted or improvised: the part it is scored in
-    beside the whole set, decided before decontamination."""
+    beside the whole set, decided before decontamination; `clean (without emorynlp)` where that set could not
+    be read."""
     parts_from: tuple[str, ...] = ()
     """The sets whose training dialogues decided the parts: those of the run and what has the same source."""
     fingerprint: str
@@ -70,6 +71,7 @@ def load_data(config: Config) -> RunData:
     report: dict[str, Any] = {"decontaminate": config.data.decontaminate}
     beside, unread = same_source(config.data.sets, _root(config))
     parts, parts_from = scored_parts(corpora, beside=beside), [*corpora, *(one.name for one in beside)]
+    parts = _told_apart(parts, unread)
     report["parts"] = {"from": sorted(parts_from), "unread": unread}
     if config.data.decontaminate:
         corpora, report["decontaminated"] = decontaminate(corpora)
@@ -152,7 +154,8 @@ def doubts(data: RunData, config: Config) -> tuple[str, ...]:
 def part_doubts(data: RunData) -> list[str]:
     """What the person who reads scores should know of the parts that they are told in."""
     return [
-        f"{name} cannot be read: the parts shared and clean are not those of runs that have it ({reason})"
+        f"{name} cannot be read: the parts shared and clean are not those of runs that have it, and say "
+        f"so in their names ({reason})"
         for name, reason in data.report["parts"]["unread"].items()
     ]
 
@@ -216,6 +219,16 @@ def _corpora(config: Config) -> Sequence[Corpus]:
 def _root(config: Config) -> Path | None:
     root = config.data.root or os.environ.get("SELFEMO_DATA")
     return Path(root) if root else None
+
+
+def _told_apart(parts: Mapping[str, str], unread: Iterable[str]) -> dict[str, str]:
+    """The parts under names of their own where a set was missing that could have made them shared: systems
+    are paired on parts of the same name."""
+    words = "".join(f" (without {name})" for name in unread)
+    return {
+        root: f"{part}{words}" if root.partition("/")[0] in SAME_SOURCE else part
+        for root, part in parts.items()
+    }
 
 
 def _without_personas(corpus: Corpus) -> Corpus:

@@ -117,8 +117,12 @@ def test_a_run_of_one_set_is_scored_on_the_parts_of_a_run_of_both(there):
     assert one.parts_from == both.parts_from == ("emorynlp", "meld")
     assert set(one.train) == {"meld"} and doubts(one, UNTOLD) == ()
     del there["emorynlp"]
-    alone = load("meld")
-    assert (alone.parts["meld/test/x"], alone.parts_from) == ("clean", ("meld",))
+    there["iemocap"] = corpora()["iemocap"]
+    alone = load("meld", "iemocap")
+    # Named as in a run of both they would be paired with parts that are others.
+    assert alone.parts["meld/test/x"] == "clean (without emorynlp)"
+    assert {part for root, part in alone.parts.items() if root.startswith("iemocap")} == {"clean"}
+    assert alone.parts_from == ("iemocap", "meld")
     (line,) = doubts(alone, UNTOLD)
     assert line.startswith("data: emorynlp cannot be read: the parts shared and clean are not those of runs")
 
@@ -130,7 +134,7 @@ def test_an_evaluation_says_that_its_parts_are_not_those_of_runs_of_both_sets(th
     assert said not in capsys.readouterr().out
     del there["emorynlp"]
     assert evaluate.main(words) == 0
-    assert f"{said} (emorynlp does not exist)\n" in capsys.readouterr().out
+    assert f"{said}, and say so in their names (emorynlp does not exist)\n" in capsys.readouterr().out
 
 
 def test_real_meld_alone_has_the_shared_dialogues_of_both_sets(selfemo_data):
