@@ -121,7 +121,7 @@ def evaluate_splits(
             drawn.unlink(missing_ok=True)
             if num_samples:
                 groups = list(answers.sampled(samples, num_samples))
-                found["samples"] = score_samples(groups, data.label_sets)
+                found["samples"] = score_samples(groups, data.label_sets, data.parts)
                 found["reward"] = write_groups(drawn, groups, answers.config, data.parts)
         if split in measured:
             found["yardsticks"] = measured[split]

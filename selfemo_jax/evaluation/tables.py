@@ -21,7 +21,7 @@ def print_all(split: str, result: Mapping[str, Any], data: RunData) -> None:
         console.print(_scores(split, scored, data, note))
         console.print(_calibration(split, result))
     if result.get("samples"):
-        console.print(_samples(result["samples"], note))
+        console.print(_samples(result["samples"], data, note))
     if result.get("yardsticks") or (split == "test" and rows_for(list(data.label_sets))):
         console.print(_beside(split, result, data))
 
@@ -96,7 +96,7 @@ def speed_words(speed: Mapping[str, Any]) -> str:
     return words
 
 
-def _samples(samples: Mapping[str, Any], note: str) -> Table:
+def _samples(samples: Mapping[str, Any], data: RunData, note: str) -> Table:
     table = _table(
         _titled("sampled answers", note), "set",
         (
@@ -104,7 +104,7 @@ def _samples(samples: Mapping[str, Any], note: str) -> Table:
             *("maj acc", "maj w-F1", "any right", "invalid", "ECE of votes"),
         ),
     )  # fmt: skip
-    for name, scores in samples.items():
+    for name, scores, _ in _rows(samples, data):
         table.add_row(
             name, str(scores["n"]),
             *(percent(scores[part][key]) for key in ("accuracy", "weighted_f1") for part in ("mean", "sd")),

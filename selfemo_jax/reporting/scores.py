@@ -111,7 +111,7 @@ def score_rows(
                     key: number((scores.get("calibration") or {}).get(key))
                     for key in ("share", "confidence", "accuracy", "ece", "brier", "brier_prior")
                 },
-                "samples": None if part else _samples(drawn.get(name)),
+                "samples": _samples(drawn.get(name), part),
                 "intervals": {},
             }
             for key in ("accuracy", "weighted_f1", "macro_f1", "invalid_rate", "r1", "mean_tokens"):
@@ -147,8 +147,11 @@ def _yardsticks(found: Mapping[str, Any], part: str) -> dict[str, list[float | N
     }
 
 
-def _samples(found: Any) -> dict[str, Any] | None:
-    """Means, spreads and votes over sampled answers, rounded; None where they are not whole."""
+def _samples(found: Any, part: str) -> dict[str, Any] | None:
+    """Means, spreads and votes over sampled answers to the set, or to a part of it, rounded; None where they
+    are not whole."""
+    if part and isinstance(found, Mapping):
+        found = (found.get("parts") or {}).get(part)
     if not isinstance(found, Mapping) or not {"n", "mean", "sd", "maj", "any", "votes"} <= found.keys():
         return None
     nested = {

@@ -203,10 +203,11 @@ def test_the_command_scores_a_served_model(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "dev.json").read_text())
     assert found["note"] == f"M/one at {url}" and found["frequency_penalty"] == 0.5
     assert {"accuracy", "lenient", "instructerc", "calibration", "parts"} <= set(found["sets"]["sample_meld"])
-    assert found["samples"]["sample_meld"]["n"] == 2
+    drawn = found["samples"]["sample_meld"]
+    assert drawn["n"] == 2 and drawn["parts"].keys() == found["sets"]["sample_meld"]["parts"].keys()
     assert set(found["yardsticks"]["sample_meld"]) == {"majority", "stratified random", "TF-IDF + LR"}
-    drawn = (tmp_path / "out" / "dev_samples.jsonl").read_text().splitlines()
-    assert len(drawn) == 402 and {"responder", "r1", "r2", "R"} <= json.loads(drawn[0]).keys()
+    lines = (tmp_path / "out" / "dev_samples.jsonl").read_text().splitlines()
+    assert len(lines) == 402 and {"responder", "r1", "r2", "R"} <= json.loads(lines[0]).keys()
     assert found["reward"]["is"].startswith("R = r1 + 1 r2 over groups of 2")
     speed = found["speed"]
     assert speed["latency"]["n"] == 201 and 0 < speed["latency"]["p50"] <= speed["latency"]["p95"]

@@ -11,9 +11,9 @@ from selfemo_jax.scores import prediction_of
 from tests.fabricated import codec, completion, sample, settings, text
 
 
-def predictions(gold: str, *labels: str | None):
+def predictions(gold: str, *labels: str | None, dialogue: str = "d1"):
     """One prediction of each label; None is an answer outside the grammar."""
-    one, config = sample(gold={gold: 1.0}), settings()
+    one, config = sample(gold={gold: 1.0}, dialogue=dialogue), settings()
     found = []
     for label in labels:
         said = text([(label, 1.0)]) if label else "nothing"
@@ -58,6 +58,26 @@ def test_a_tied_vote_is_right_where_its_winner_is():
     found = score_samples([predictions("joy", "joy", "neutral")], {"meld": MELD})["meld"]
     # MELD's list begins with neutral, but joy was named first and wins the vote.
     assert found["maj"]["accuracy"] == found["votes"]["accuracy"] == 1.0
+
+
+def test_the_parts_of_a_set_have_votes_and_means_of_their_own():
+    groups = [
+        predictions("joy", "joy", "fear", "joy", dialogue="here"),
+        predictions("fear", "joy", "joy", "fear", dialogue="there"),
+        predictions("anger", None, None, None, dialogue="there"),
+    ]
+    parts = {"meld/train/here": "clean", "meld/train/there": "shared"}
+    found = score_samples(groups, {"meld": MELD}, parts)["meld"]
+    assert list(found["parts"]) == ["shared", "clean"] and found["num"] == 3
+    shared, clean = found["parts"]["shared"], found["parts"]["clean"]
+    assert (shared["n"], shared["num"], clean["num"]) == (3, 2, 1)
+    # Shared: fear is right in the third sample alone, of two inputs; its vote is joy.
+    assert shared["mean"]["accuracy"] == pytest.approx(1 / 6)
+    assert (shared["maj"]["accuracy"], shared["any"], shared["mean"]["invalid_rate"]) == (0.0, 0.5, 0.5)
+    # Clean: joy in two samples of three and in the vote.
+    assert clean["mean"]["accuracy"] == pytest.approx(2 / 3)
+    assert (clean["maj"]["accuracy"], clean["votes"]["share"]) == (1.0, 1.0)
+    assert "parts" not in score_samples(groups, {"meld": MELD})["meld"]
 
 
 def test_one_sample_has_no_spread():

@@ -4,6 +4,7 @@ import pytest
 
 from selfemo_jax.data.dialogues import EMORYNLP, IEMOCAP, MELD, LabelSet
 from selfemo_jax.data.grammar import parse
+from selfemo_jax.evaluation.samples import score_samples
 from selfemo_jax.evaluation.tables import print_all, speed_words
 from selfemo_jax.scores import Prediction, prediction_of, score
 from tests.fabricated import run_data, sample, settings, text
@@ -76,6 +77,21 @@ def test_parts_of_the_policy_stand_beside_those_of_the_yardsticks(shown):
     rows = shown({MELD: 3}, parts=parts)
     assert rows["this policy"][0] == "75.00"
     assert (rows["shared"][0], rows["clean"][0]) == ("100.00", "50.00")
+
+
+def test_sampled_answers_are_told_by_part_too(capsys):
+    answers = predictions(MELD, 3)
+    parts = {"meld/train/1": "shared", "meld/train/2": "clean"}
+    drawn = score_samples([(answer,) for answer in answers], {"meld": MELD}, parts)
+    print_all("test", {"note": "", "sets": {}, "samples": drawn}, run_data({"meld": ()}))
+    lines = capsys.readouterr().out.split("side by side")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if "│" in line]
+    # Name, n and mean accuracy: of four answers the first three are right, the first two lie in dialogue 1.
+    assert [row[:3] for row in cells] == [
+        ["meld", "1", "75.00"],
+        ["shared", "1", "100.00"],
+        ["clean", "1", "50.00"],
+    ]
 
 
 def test_time_in_a_batch_is_not_called_latency_and_cached_answers_have_no_rate():

@@ -291,6 +291,30 @@ def test_samples_of_a_later_evaluation_join_the_scores_that_the_run_ended_with(t
     assert read(folder).summary["scores"][0]["samples"] is None
 
 
+def test_samples_stand_beside_the_part_that_they_are_of(tmp_path):
+    folder = write_run(tmp_path)
+    path = folder / "eval" / "final.json"
+    final = json.loads(path.read_text())
+    result = final["splits"]["test"]
+    tiny = result["sets"]["tiny"]
+    tiny["parts"] = {"shared": tiny | {"num": 1}, "clean": tiny | {"num": 3}}
+
+    def drawn(wf1):
+        both = {"weighted_f1": wf1, "accuracy": 0.25}
+        return {"n": 8, "mean": both, "sd": both, "maj": both, "any": 1.0, "votes": {}}
+
+    result["samples"] = {"tiny": drawn(0.5) | {"parts": {"shared": drawn(0.75)}}}
+    path.write_text(json.dumps(final))
+    rows = {row["part"]: row["samples"] for row in read(folder).summary["scores"]}
+    assert (rows[""]["maj"]["weighted_f1"], rows["shared"]["maj"]["weighted_f1"]) == (0.5, 0.75)
+    assert rows["clean"] is None
+    # Evaluations that told no parts of their samples.
+    del result["samples"]["tiny"]["parts"]
+    path.write_text(json.dumps(final))
+    whole, *of_parts = read(folder).summary["scores"]
+    assert whole["samples"]["n"] == 8 and [row["samples"] for row in of_parts] == [None, None]
+
+
 def test_runs_are_compared_on_the_parts_that_their_answers_tell(tmp_path):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", right=(1, 1, 1, 1))]
     for folder in folders:
