@@ -1,11 +1,12 @@
 """Are two systems different? Scores with intervals and paired tests, from the predictions of evaluations.
 
-    python -m selfemo_jax.study compare RUN_A RUN_B [RUN ...] [--split test] [--out DIR]
+    python -m selfemo_jax.study compare RUN_A RUN_B [RUN ...] [--split SPLIT] [--out DIR]
 
-A system is a run, a folder that `selfemo_jax.evaluate` wrote, or a predictions file. Each further one is
-compared with the first on the inputs that both answered: accuracy by McNemar's exact test, scores by a paired
-bootstrap over dialogues. Holm's correction is over all comparisons and data sets of the table, for each kind
-of test; the row over all sets and those of parts of a set (shared, clean) stand outside that family.
+A system is a run, a folder that `selfemo_jax.evaluate` wrote, or a predictions file, whose name or ids say
+its split; all are of one split. Each further one is compared with the first on the inputs that both answered:
+accuracy by McNemar's exact test, scores by a paired bootstrap over dialogues. Holm's correction is over all
+comparisons and data sets of the table, for each kind of test; the row over all sets and those of parts of a
+set (shared, clean) stand outside that family.
 """
 
 import argparse
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``study compare``."""
     words = "run, evaluation's folder or predictions file; the first is what the others are compared with"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=words)
-    parser.add_argument("--split", default="test", help="split whose predictions are compared")
+    words = "split whose predictions are compared; default: of folders test, of a file its own"
+    parser.add_argument("--split", help=words)
     parser.add_argument("--names", nargs="+", help="names for the table; default: of the folders")
     parser.add_argument("--lenient", action="store_true", help="the forgiving reading of answers")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="bootstrap samples")
@@ -53,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
         read_predictions(source, split=args.split, name=name, label=label)
         for source, name in zip(args.runs, names, strict=True)
     ]
+    split = one_split(systems)
     note = joined_notes([system.note for system in systems])
     whole = score_rows(systems, num=args.samples)
     parts = [by_part(system) for system in systems]
@@ -62,18 +65,29 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or folder / "study"
     reading = "lenient" if args.lenient else "strict"
     titles = (
-        showing.titled(f"{args.split}, {reading}: scores in percent, 95 % intervals over dialogues", note),
+        showing.titled(f"{split}, {reading}: scores in percent, 95 % intervals over dialogues", note),
         showing.titled(f"each against {names[0]}: differences in points, p and Holm's correction", note),
     )
     for title, rows in zip(titles, (scores, tests), strict=True):
         showing.print_table(title, rows)
-    content = {"note": note, "split": args.split, "reading": reading, "bootstrap_samples": args.samples}
+    content = {"note": note, "split": split, "reading": reading, "bootstrap_samples": args.samples}
     showing.write_json(out / "compare.json", {**content, "scores": scores, "significance": tests})
     pages = [showing.markdown(title, rows) for title, rows in zip(titles, (scores, tests), strict=True)]
     showing.atomic_write(out / "compare.md", "\n".join(pages))
     draw_scores(out / "compare.png", whole, title=titles[0])
     print(f"written: {out}/compare.json, .md, .png")
     return 0
+
+
+def one_split(systems: Sequence[Predictions]) -> str:
+    """The split of all systems; ValueError where they answered different ones."""
+    for other in systems[1:]:
+        if other.split != systems[0].split:
+            raise ValueError(
+                f"{other.name} answered the {other.split} split and {systems[0].name} the "
+                f"{systems[0].split} split: compare answers to one split (--split names that of folders)"
+            )
+    return systems[0].split
 
 
 def score_rows(systems: Sequence[Predictions], *, num: int, mean: bool = True) -> list[dict[str, Any]]:

@@ -191,15 +191,14 @@ def _of_samples(source: Path, clusters: Clusters, *, name: str, split: str) -> S
 
 def _of_greedy(source: Path, clusters: Clusters, *, name: str, split: str) -> System:
     path = predictions_file(source, split)
-    system = read_predictions(source, split=split, name=name)
-    split = path.name.removesuffix("_predictions.jsonl")
+    system = read_predictions(source, split=None if source.is_file() else split, name=name)
     return System(
         name=name,
         kind="greedy",
-        split=split,
-        answers=f"one greedy answer to each input, {split} split",
+        split=system.split,
+        answers=f"one greedy answer to each input, {system.split} split",
         reward="",
-        told=_scores(path, split).get("persona") == "given",
+        told=_scores(path, system.split).get("persona") == "given",
         note=system.note,
         earned=_of_lines(path, [line for lines in system.sets.values() for line in lines.values()], clusters),
     )

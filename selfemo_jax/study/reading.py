@@ -10,6 +10,7 @@ from typing import Any
 from selfemo_jax.run_note import joined_notes, run_note
 
 Line = Mapping[str, Any]
+ENDING = "_predictions.jsonl"
 ROUNDING = 1e-5
 """Of scores that were made in single precision; one answer of a split is more."""
 
@@ -19,6 +20,7 @@ class Predictions:
     """The answers of one system to a split."""
 
     name: str
+    split: str
     note: str
     """Words that every number made of them carries; empty when there are none."""
     labels: Mapping[str, tuple[str, ...]]
@@ -69,25 +71,27 @@ def predictions_file(source: Path, split: str) -> Path:
     """The predictions in a run, in an evaluation's folder, or the file itself."""
     if source.is_file():
         return source
-    names = (source / "eval" / f"{split}_predictions.jsonl", source / f"{split}_predictions.jsonl")
+    names = (source / "eval" / f"{split}{ENDING}", source / f"{split}{ENDING}")
     found = next((path for path in names if path.is_file()), None)
     if found is None:
         raise ValueError(
-            f"{source}: no {split}_predictions.jsonl in it or in its eval/; `python -m selfemo_jax.evaluate "
+            f"{source}: no {split}{ENDING} in it or in its eval/; `python -m selfemo_jax.evaluate "
             f"--checkpoint {source} --split {split}` writes it"
         )
     return found
 
 
-def read_predictions(source: Path, *, split: str, name: str, label: str = "prediction") -> Predictions:
+def read_predictions(source: Path, *, split: str | None, name: str, label: str = "prediction") -> Predictions:
     """The answers of a run (or folder, or file) to a split; ``label`` names the field with the predicted
     label, ``prediction`` (strict) or ``lenient``.
 
-    The label lists come from the scores beside them (``<split>.json``), else from the gold labels. ValueError
-    where a run's folder holds other predictions than its final scores were made of; a file that is named
-    itself is taken as it is.
+    Without a ``split`` a folder is read for test, and a file for its own: its name says it
+    (``dev_predictions.jsonl``), else the ids of its inputs. The label lists come from the scores beside them
+    (``<split>.json``), else from the gold labels. ValueError where a file's split is another than the given
+    one, and where a run's folder holds other predictions than its final scores were made of; a file that is
+    named itself is taken as it is.
     """
-    path = predictions_file(source, split)
+    path = predictions_file(source, split or "test")
     sets: dict[str, dict[str, Line]] = {}
     for number, line in enumerate(read_jsonl(path, hint="selfemo_jax.evaluate writes it anew"), start=1):
         if not all(isinstance(line.get(key), str) for key in ("id", "dataset", "gold")) or label not in line:
@@ -98,6 +102,13 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
         members[line["id"]] = {**line, "prediction": line[label], "strict": line.get("prediction")}
     if not sets:
         raise ValueError(f"{path} holds no prediction")
+    found = split_of(path, sets)
+    if split not in (None, found):
+        raise ValueError(
+            f"{path} holds answers to the {found} split, but {split} was asked for (--split): name the file "
+            f"of the {split} split"
+        )
+    split = found
     if source.is_dir():
         _check_final(path, sets, split=split)
     scores: Mapping[str, Any] = {}
@@ -113,7 +124,22 @@ def read_predictions(source: Path, *, split: str, name: str, label: str = "predi
         gold = sorted({line["gold"] for line in lines.values()})
         labels[dataset] = listed if set(gold) <= set(listed) else tuple(gold)
     note = joined_notes([str(scores.get("note") or ""), run_note(path.parent)])
-    return Predictions(name=name, note=note, labels=labels, sets=sets)
+    return Predictions(name=name, split=split, note=note, labels=labels, sets=sets)
+
+
+def split_of(path: Path, sets: Mapping[str, Mapping[str, Line]]) -> str:
+    """The split that predictions are of: the file's name says it, else the ids (``dataset/split/...``).
+    ValueError where neither does."""
+    if path.name.endswith(ENDING):
+        return path.name.removesuffix(ENDING)
+    ids = [(name, f"{dataset}/") for dataset, lines in sets.items() for name in lines]
+    found = {name.removeprefix(start).split("/")[0] if name.startswith(start) else "" for name, start in ids}
+    if len(found) > 1 or "" in found:
+        raise ValueError(
+            f"{path}: neither its name nor the ids of its inputs say which split it is of; expected "
+            f"SPLIT{ENDING}, or ids DATASET/SPLIT/DIALOGUE/TURN of one split. Rename the file"
+        )
+    return found.pop()
 
 
 def by_part(system: Predictions) -> Predictions:

@@ -124,6 +124,35 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert "no input in common" in fails(capsys, run, apart)
 
 
+def of_dev(folder, lines):
+    """Predictions for dev; the scores of dev and of test beside them list different labels."""
+    folder.mkdir()
+    path = folder / "dev_predictions.jsonl"
+    changed = [line | {"id": line["id"].replace("/test/", "/dev/")} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    for split, label in (("dev", "anger"), ("test", "surprise")):
+        sets = {"meld": {"per_class": {"joy": {}, "fear": {}, label: {}}}}
+        (folder / f"{split}.json").write_text(json.dumps({"note": f"scores of {split}", "sets": sets}))
+    return path
+
+
+def test_a_file_is_of_the_split_that_its_name_or_its_ids_say(tmp_path, capsys):
+    files = [of_dev(tmp_path / name, meld([RIGHT, WRONG])) for name in "ab"]
+    found = compared(tmp_path, *files)
+    assert found["split"] == "dev" and found["note"] == "scores of dev"
+    assert "dev, strict: scores in percent" in capsys.readouterr().out
+    assert read_predictions(files[0], split=None, name="a").labels["meld"] == ("joy", "fear", "anger")
+    renamed = files[0].rename(tmp_path / "a" / "mine.jsonl")
+    assert compared(tmp_path, renamed, files[1], words=["--split", "dev"])["split"] == "dev"
+    said = fails(capsys, renamed, files[1], "--split", "test")
+    assert f"{renamed} holds answers to the dev split, but test was asked for" in said
+    # A folder is read for test, unless --split says otherwise.
+    run = evaluated(tmp_path / "run", meld([RIGHT, WRONG]))
+    assert "answered the dev split and run the test split" in fails(capsys, run, files[1])
+    renamed.write_text(json.dumps(meld([RIGHT])[0] | {"id": "elsewhere/0"}) + "\n")
+    assert "neither its name nor the ids" in fails(capsys, renamed, files[1])
+
+
 def test_damaged_predictions_are_named_by_file_and_line(tmp_path):
     folder = evaluated(tmp_path / "a", meld([RIGHT], dialogues=2))
     path = folder / "eval" / "test_predictions.jsonl"
