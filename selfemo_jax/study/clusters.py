@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Cluster, print the counts, write ``clusters.json``, ``personas.jsonl`` and ``clusters.png``."""
+    """Cluster, print the counts, write ``clusters.json``, ``persona_clusters.jsonl`` and ``clusters.png``."""
     if (args.run is None) == (args.personas is None):
         raise ValueError("name either --run or --personas")
     found = read_personas(args.personas) if args.personas else personas_of_run(args.run, splits=args.splits)
