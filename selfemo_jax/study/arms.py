@@ -202,18 +202,23 @@ def outcome_of(run_dir: Path, split: str) -> Outcome | None:
     final = run_dir / "eval" / "final.json"
     if not final.exists():
         return None
-    content = json.loads(final.read_text())
-    if split not in content["splits"]:
+    try:
+        content = json.loads(final.read_text(encoding="utf-8"))
+        note, splits = str(content["note"]), content["splits"]
+        sets = {name: scored["sets"] for name, scored in splits.items()}
+        seconds = sum(scored.get("seconds", 0.0) for scored in splits.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{run_dir}: scored on {', '.join(content['splits'])}, not on {split}; set eval.final_splits"
-        )
-    harvests = [json.loads(path.read_text()) for path in sorted(run_dir.glob("phases/*/harvest.json"))]
+            f"{final}: not what a run writes at its end; it is damaged. Remove it, and the command scores "
+            "the run anew"
+        ) from None
+    if split not in sets:
+        raise ValueError(f"{run_dir}: scored on {', '.join(sets)}, not on {split}; set eval.final_splits")
     return Outcome(
-        scores=content["splits"][split]["sets"],
-        synthetic=sum(harvest["training"] for harvest in harvests),
-        note=content["note"],
-        seconds=_seconds_of_steps(run_dir)
-        + sum(scored.get("seconds", 0.0) for scored in content["splits"].values()),
+        scores=sets[split],
+        synthetic=sum(_synthetic(path) for path in sorted(run_dir.glob("phases/*/harvest.json"))),
+        note=note,
+        seconds=_seconds_of_steps(run_dir) + seconds,
     )
 
 
@@ -307,6 +312,15 @@ def markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
     return round(statistics.fmean(values), 2), deviation
+
+
+def _synthetic(harvest: Path) -> int:
+    try:
+        return int(json.loads(harvest.read_text(encoding="utf-8"))["training"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{harvest}: not what a harvest writes; it is damaged. Put back a copy of it, or remove the run"
+        ) from None
 
 
 def _seconds_of_steps(run_dir: Path) -> float:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from selfemo_jax.study.reading import predictions_file, read_jsonl, read_predictions, run_note
+from selfemo_jax.study.reading import (
+    predictions_file,
+    read_jsonl,
+    read_predictions,
+    run_note,
+    scores_beside,
+)
 
 NOISE, UNKNOWN = -1, -2
 Kind = Literal["rollouts", "samples", "greedy"]
@@ -175,7 +181,7 @@ def _of_samples(source: Path, clusters: Clusters, *, name: str, split: str) -> S
         )
     split = path.name.removesuffix(SAMPLES)
     lines = read_jsonl(path, hint="selfemo_jax.evaluate writes it anew")
-    scores = _scores(path, split)
+    scores = scores_beside(path, split)
     num = max((line.get("idx", 0) for line in lines), default=0) + 1
     return System(
         name=name,
@@ -198,7 +204,7 @@ def _of_greedy(source: Path, clusters: Clusters, *, name: str, split: str) -> Sy
         split=system.split,
         answers=f"one greedy answer to each input, {system.split} split",
         reward="",
-        told=_scores(path, system.split).get("persona") == "given",
+        told=scores_beside(path, system.split).get("persona") == "given",
         note=system.note,
         earned=_of_lines(path, [line for lines in system.sets.values() for line in lines.values()], clusters),
     )
@@ -230,14 +236,3 @@ def _place(name: str, responder: str, clusters: Clusters) -> dict[str, Any]:
 def _evaluated(source: Path, split: str, ending: str) -> Path | None:
     places = (source / "eval" / f"{split}{ending}", source / f"{split}{ending}")
     return next((path for path in places if path.is_file()), None)
-
-
-def _scores(path: Path, split: str) -> Mapping[str, Any]:
-    """The scores beside an evaluation's answers; empty where there are none."""
-    beside = path.with_name(f"{split}.json")
-    if not beside.is_file():
-        return {}
-    try:
-        return json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{beside}: not JSON; selfemo_jax.evaluate writes it anew") from None

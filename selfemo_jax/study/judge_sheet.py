@@ -19,6 +19,7 @@ from selfemo_jax.study.judge_prompt import TASKS, candidate
 
 COLUMNS = ("item", "question", "person", "conversation", "candidate_A", "candidate_B", "verdict", "comment")
 JUDGED = ("question", "person", "conversation", "candidate_A", "candidate_B")
+KEY_FIELDS = ("id", "task", "A", "B", "sha256")
 FORMULA = ("=", "+", "-", "@", "\t")
 """A cell that begins with one of these is run by spreadsheet programs; a quote goes before it."""
 
@@ -75,7 +76,7 @@ def read_sheet(sheet: Path) -> dict[tuple[str, str], Outcome]:
         raise ValueError(f"{sheet}: no such file; --export-sheet writes one to fill in")
     if not key_of(sheet).is_file():
         raise ValueError(f"{key_of(sheet)}: no such file; it lay beside the sheet when that was written")
-    key = json.loads(key_of(sheet).read_text(encoding="utf-8"))["items"]
+    key = _read_key(key_of(sheet))
     with sheet.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if lacking := [name for name in COLUMNS[:-1] if name not in (reader.fieldnames or ())]:
@@ -104,6 +105,17 @@ def read_sheet(sheet: Path) -> dict[tuple[str, str], Outcome]:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{sheet}: {'; '.join(problems[:10])}{more}")
     return found
+
+
+def _read_key(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+        return {name: {field: str(item[field]) for field in KEY_FIELDS} for name, item in items.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path}: not what --export-sheet writes beside a sheet; it is damaged. Put back a copy, or "
+            "export the sheet under another name with the same --seed and --sheet-items: that one's key fits"
+        ) from None
 
 
 def digest(row: Mapping[str, str]) -> str:

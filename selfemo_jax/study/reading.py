@@ -96,6 +96,12 @@ def read_predictions(source: Path, *, split: str | None, name: str, label: str =
     for number, line in enumerate(read_jsonl(path, hint="selfemo_jax.evaluate writes it anew"), start=1):
         if not all(isinstance(line.get(key), str) for key in ("id", "dataset", "gold")) or label not in line:
             raise ValueError(f"{path}: record {number} lacks id, dataset, gold or {label}")
+        for key in ("prediction", label, "part"):
+            if not isinstance(line.get(key), str | None):
+                raise ValueError(
+                    f"{path}: record {number} has {key} {line[key]!r}; expected a word or null. "
+                    "selfemo_jax.evaluate writes it anew"
+                )
         members = sets.setdefault(line["dataset"], {})
         if line["id"] in members:
             raise ValueError(f"{path}: record {number} answers {line['id']} a second time")
@@ -111,13 +117,7 @@ def read_predictions(source: Path, *, split: str | None, name: str, label: str =
     split = found
     if source.is_dir():
         _check_final(path, sets, split=split)
-    scores: Mapping[str, Any] = {}
-    beside = path.with_name(f"{split}.json")
-    if beside.is_file():
-        try:
-            scores = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{beside}: not JSON; selfemo_jax.evaluate writes it anew") from None
+    scores = scores_beside(path, split)
     labels = {}
     for dataset, lines in sets.items():
         listed = tuple((scores.get("sets") or {}).get(dataset, {}).get("per_class") or ())
@@ -125,6 +125,22 @@ def read_predictions(source: Path, *, split: str | None, name: str, label: str =
         labels[dataset] = listed if set(gold) <= set(listed) else tuple(gold)
     note = joined_notes([str(scores.get("note") or ""), run_note(path.parent)])
     return Predictions(name=name, split=split, note=note, labels=labels, sets=sets)
+
+
+def scores_beside(path: Path, split: str) -> Mapping[str, Any]:
+    """The scores beside an evaluation's answers; empty where there are none."""
+    beside = path.with_name(f"{split}.json")
+    if not beside.is_file():
+        return {}
+    scores: Mapping[str, Any] = {}
+    try:
+        scores = json.loads(beside.read_text(encoding="utf-8"))
+        whole = all(isinstance(one, dict) for one in (scores.get("sets") or {}).values())
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{beside}: not the scores of an evaluation; selfemo_jax.evaluate writes it anew")
+    return scores
 
 
 def split_of(path: Path, sets: Mapping[str, Mapping[str, Line]]) -> str:

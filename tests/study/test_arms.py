@@ -222,6 +222,22 @@ def test_a_run_without_the_split_is_an_error_and_an_unfinished_one_is_none(tmp_p
         outcome_of(tmp_path, "test")
 
 
+@pytest.mark.parametrize("text", ["{cut", "[]", '{"note": ""}', '{"note": "", "splits": {"test": {}}}'])
+def test_damaged_scores_of_a_run_are_named_by_file(text, tmp_path):
+    finished(tmp_path, {"meld": result(0.5)}, synthetic=(20,))
+    final = tmp_path / "eval" / "final.json"
+    kept = final.read_text()
+    final.write_text(text)
+    with pytest.raises(ValueError, match="it is damaged. Remove it") as caught:
+        outcome_of(tmp_path, "test")
+    assert str(caught.value).startswith(f"{final}: ")
+    final.write_text(kept)
+    harvest = tmp_path / "phases" / "00_harvest_0" / "harvest.json"
+    harvest.write_text(text)
+    with pytest.raises(ValueError, match=r"harvest\.json: not what a harvest writes"):
+        outcome_of(tmp_path, "test")
+
+
 def test_parts_of_a_set_have_rows_of_their_own(tmp_path):
     for seed, accuracy in enumerate((0.5, 0.7)):
         parts = {"shared": result(accuracy + 0.2) | {"num": 3}, "clean": result(accuracy) | {"num": 9}}

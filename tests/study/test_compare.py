@@ -166,6 +166,17 @@ def test_damaged_predictions_are_named_by_file_and_line(tmp_path):
     path.write_text('{"id": "x"}\n')
     with pytest.raises(ValueError, match="record 1 lacks"):
         read_predictions(folder, split="test", name="a")
+    for key in ("prediction", "part"):
+        path.write_text(json.dumps(meld([RIGHT])[0] | {key: ["joy"]}) + "\n")
+        with pytest.raises(
+            ValueError, match=rf"jsonl: record 1 has {key} \['joy'\]; expected a word or null"
+        ):
+            read_predictions(folder, split="test", name="a")
+    path.write_text(lines)
+    for text in ("{cut", "[]", '{"sets": {"meld": []}}'):
+        (folder / "eval" / "test.json").write_text(text)
+        with pytest.raises(ValueError, match=r"test\.json: not the scores of an evaluation"):
+            read_predictions(folder, split="test", name="a")
 
 
 def test_predictions_that_are_not_those_of_the_final_scores_are_refused(tmp_path, capsys):

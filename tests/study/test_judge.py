@@ -257,6 +257,10 @@ def test_a_sheet_with_mistakes_is_refused_with_all_of_them(tmp_path):
         "item 0003 is missing",
     ):
         assert words in str(caught.value)
+    for text in ("{cut", "[]", '{"items": {"0001": {"id": "x"}}}'):
+        key_of(sheet).write_text(text)
+        with pytest.raises(ValueError, match=r"sheet_key\.json: .* damaged\. Put back a copy"):
+            read_sheet(sheet)
     key_of(sheet).unlink()
     with pytest.raises(ValueError, match="lay beside the sheet"):
         read_sheet(sheet)
