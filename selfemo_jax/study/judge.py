@@ -91,8 +91,9 @@ def main(args: argparse.Namespace) -> int:
     judged: list[Judged] = []
     if args.config:
         judged += ask_judges(args.config, judgeable, out, ties=not args.no_ties)
-    for sheet in args.sheets:
-        judged += people(sheet, {pair["id"] for pair in pairs})
+    for sheet, judge in sheet_names(args.sheets, {one.judge for one in judged}).items():
+        judged += people(sheet, judge, {pair["id"] for pair in pairs})
+    check_once(judged)
     if not judged:
         raise ValueError(
             "no judge, or no pair in which both sides have a reply: name a config with expert.endpoints by "
@@ -199,17 +200,41 @@ def outcome_of(first_as_a: Verdict | None, first_as_b: Verdict | None) -> str | 
     return one if one == other else "tie"
 
 
-def people(sheet: Path, known: set[str]) -> list[Judged]:
-    """A filled sheet as a judge that is named by its file."""
+def sheet_names(sheets: Sequence[Path], taken: set[str]) -> dict[Path, str]:
+    """Sheet -> name of who filled it in: its file's, with as many folders as tell sheets apart, and another
+    than any judge's. ValueError where a sheet is named twice."""
+    if len({sheet.resolve() for sheet in sheets}) < len(sheets):
+        raise ValueError(f"--sheets {' '.join(map(str, sheets))}: a sheet is named twice; name each once")
+    names = short_names([sheet.with_suffix("") for sheet in sheets]) if sheets else []
+    return {
+        sheet: f"{name} (sheet)" if name in taken else name for sheet, name in zip(sheets, names, strict=True)
+    }
+
+
+def people(sheet: Path, judge: str, known: set[str]) -> list[Judged]:
+    """A filled sheet as a judge."""
     found = read_sheet(sheet)
     if strange := sorted({name for name, _ in found} - known):
         raise ValueError(
             f"{sheet}: judges {strange[0]}, which is not among these pairs; give those it was made of"
         )
     return [
-        Judged(judge=sheet.stem, task=task, pair=name, verdicts=(None, None), outcome=outcome, asked=False)
+        Judged(judge=judge, task=task, pair=name, verdicts=(None, None), outcome=outcome, asked=False)
         for (name, task), outcome in found.items()
     ]
+
+
+def check_once(judged: Sequence[Judged]) -> None:
+    """ValueError where a judge answers a question on a pair twice: one would count for two."""
+    seen: set[tuple[str, str, str]] = set()
+    for one in judged:
+        place = (one.judge, one.task, one.pair)
+        if place in seen:
+            raise ValueError(
+                f"judge {one.judge} answers twice on {one.task} of {one.pair}; give judges different names, "
+                "and name each sheet and each pair once"
+            )
+        seen.add(place)
 
 
 def result_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:

@@ -96,6 +96,8 @@ def read_sheet(sheet: Path) -> dict[tuple[str, str], Outcome]:
         elif verdict not in ("a", "b", "tie"):
             words = f"is {row['verdict']!r}" if verdict else "is empty"
             problems.append(f"item {name}: the verdict {words}; expected A, B or tie")
+        elif (key[name]["id"], key[name]["task"]) in found:
+            problems.append(f"item {name} asks {key[name]['task']} of {key[name]['id']} a second time")
         else:
             outcome = "tie" if verdict == "tie" else key[name][verdict.upper()]
             found[key[name]["id"], key[name]["task"]] = outcome

@@ -213,10 +213,16 @@ def write_pairs(out: Path, pairs: Sequence[Mapping[str, Any]], *, note: str, nam
 def read_pairs(path: Path) -> tuple[list[dict[str, Any]], str]:
     """What `write_pairs` wrote, and its note; ValueError names what a line lacks."""
     pairs = read_jsonl(path, hint="`python -m selfemo_jax.study replies BEFORE AFTER` writes it")
+    seen: set[str] = set()
     for number, pair in enumerate(pairs, start=1):
         lacking = [name for name in FIELDS if name not in pair]
         if lacking or any(not isinstance(pair[side], dict) or "response" not in pair[side] for side in SIDES):
             raise ValueError(f"{path}: record {number} lacks {', '.join(lacking) or 'an answer'}")
+        if str(pair["id"]) in seen:
+            raise ValueError(
+                f"{path}: record {number} answers {pair['id']} a second time; remove one of them"
+            )
+        seen.add(str(pair["id"]))
     if not pairs:
         raise ValueError(f"{path} holds no pair of replies")
     return pairs, joined_notes([str(pair.get("note") or "") for pair in pairs])

@@ -7,7 +7,16 @@ from collections import Counter
 import pytest
 
 from selfemo_jax.study.__main__ import main
-from selfemo_jax.study.judge import Judged, agreement_rows, outcome_of, recognition_rows, result_rows, wilson
+from selfemo_jax.study.judge import (
+    Judged,
+    agreement_rows,
+    check_once,
+    outcome_of,
+    recognition_rows,
+    result_rows,
+    sheet_names,
+    wilson,
+)
 from selfemo_jax.study.judge_prompt import TASKS, question, read_verdict
 from selfemo_jax.study.judge_sheet import export_sheet, key_of, read_sheet
 from tests.experts.chat_server import requests, serving
@@ -278,6 +287,36 @@ def test_a_person_is_one_judge_more(tmp_path, capsys):
     others = pairs_file(tmp_path, [pair(9, "x", "y")])
     assert main(["judge", "--pairs", str(others), "--sheets", str(sheet)]) == 2
     assert "not among these pairs" in capsys.readouterr().err
+
+
+def test_two_people_whose_sheets_have_one_name_are_two_judges(tmp_path, capsys):
+    path = pairs_file(tmp_path, [pair(n, f"old {n}", f"new {n}") for n in range(4)])
+    sheets = [tmp_path / who / "sheet.csv" for who in ("an1", "an2")]
+    for sheet, verdict in zip(sheets, ("A", "tie"), strict=True):
+        sheet.parent.mkdir()
+        assert main(["judge", "--pairs", str(path), "--export-sheet", str(sheet)]) == 0
+        filled(sheet, verdict=verdict)
+    words = ["judge", "--pairs", str(path), "--sheets", *map(str, sheets)]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "judge.json").read_text())
+    assert {(row["judge"], row["n"]) for row in found["judges"]} == {("an1/sheet", 4), ("an2/sheet", 4)}
+    assert [row["judges"] for row in found["agreement"]] == ["an1/sheet and an2/sheet"] * 2
+    assert all((row["n"], row["equal"]) == (4, 0.0) for row in found["agreement"])
+    assert sheet_names([tmp_path / "ann.csv"], {"ann"}) == {tmp_path / "ann.csv": "ann (sheet)"}
+    assert main([*words, str(sheets[0])]) == 2
+    assert "a sheet is named twice" in capsys.readouterr().err
+    # The same questions twice, by way of the pairs, of the key, or of two judges with one name.
+    path.write_text(path.read_text() * 2)
+    assert main(words) == 2
+    assert "record 5 answers s/test/d0/1 a second time" in capsys.readouterr().err
+    key = json.loads(key_of(sheets[0]).read_text())
+    one, other = (name for name, item in key["items"].items() if item["id"] == "s/test/d0/1")
+    key["items"][other] |= {"task": key["items"][one]["task"]}
+    key_of(sheets[0]).write_text(json.dumps(key))
+    with pytest.raises(ValueError, match="of s/test/d0/1 a second time"):
+        read_sheet(sheets[0])
+    with pytest.raises(ValueError, match="judge one answers twice on expression of 0"):
+        check_once([*judged("one", ["tie"]), *judged("one", ["first"])])
 
 
 def test_it_is_said_where_judges_read_nothing_of_the_person(tmp_path, capsys):
