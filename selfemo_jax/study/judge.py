@@ -10,14 +10,15 @@ Judges are the `expert.endpoints` of the config, best two of different families,
 in each order, and does not learn who wrote what.
 
 Ties: a side wins a pair only if the judge prefers it in both orders; a tie in one of them, or preferring the
-same place in both, is a tie. Equal answers are a tie without a question. Pairs in which a side has no
-readable reply are not judged but counted. A judge reads of a person only where the policies were told of it
-(``--persona given``); without, the question of understanding has nothing to go by. A verdict that cannot be
-read is asked for once more; a pair without two readable verdicts is left out of the shares and counted.
-Intervals are Wilson's; p is that of the exact sign test on pairs that are no tie, with Holm's correction over
-the table; kappa is Cohen's over win, tie and loss. A sheet of a person has one order only. Whether better
-recognition goes with better answers: Spearman's correlation of a pair's gain in r1 with its outcome (loss,
-tie, win of the second side).
+same place in both, is a tie. Equal answers are a tie without a question: they count in the shares, and how
+many they are is told, but agreement and correlation leave them out, also those of sheets. Pairs in which a
+side has no readable reply are not judged but counted. A judge reads of a person only where the policies were
+told of it (``--persona given``); without, the question of understanding has nothing to go by. A verdict that
+cannot be read is asked for once more; a pair without two readable verdicts is left out of the shares and
+counted. Intervals are Wilson's; p is that of the exact sign test on pairs that are no tie, with Holm's
+correction over the table; kappa is Cohen's over win, tie and loss. A sheet of a person has one order only.
+Whether better recognition goes with better answers: Spearman's correlation of a pair's gain in r1 with its
+outcome (loss, tie, win of the second side).
 """
 
 import argparse
@@ -56,7 +57,7 @@ class Judged:
     outcome: str | None
     """``first``, ``second`` or ``tie``; None where a verdict is missing."""
     asked: bool = True
-    """False for equal answers and for people's sheets, which have no two orders."""
+    """False where both answers are equal: a tie without a question, or an item of a sheet with no choice."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     if args.config:
         judged += ask_judges(args.config, judgeable, out, ties=not args.no_ties)
     for sheet, judge in sheet_names(args.sheets, {one.judge for one in judged}).items():
-        judged += people(sheet, judge, {pair["id"] for pair in pairs})
+        judged += people(sheet, judge, {pair["id"]: pair for pair in pairs})
     check_once(judged)
     if not judged:
         raise ValueError(
@@ -104,8 +105,8 @@ def main(args: argparse.Namespace) -> int:
     sides = f"second is {names[1]}, first is {names[0]}"
     titles = (
         showing.titled(f"{len(judgeable)} of {len(pairs)} pairs judged, percent; {sides}", note),
-        showing.titled("agreement between judges", note),
-        showing.titled("gain in r1 against outcome, over pairs", note),
+        showing.titled("agreement between judges on answers that differ", note),
+        showing.titled("gain in r1 against outcome, over pairs whose answers differ", note),
     )
     recognition = recognition_rows(judged, pairs)
     showing.print_table(titles[0], rows)
@@ -114,6 +115,9 @@ def main(args: argparse.Namespace) -> int:
     if recognition:
         showing.print_table(titles[2], recognition)
     print(f"without a readable reply: first {silent['first']}, second {silent['second']} of {len(pairs)}")
+    equal = {task.name: sum(_equal(pair, task) for pair in judgeable) for task in TASKS}
+    words = ", ".join(f"{number} in {task}" for task, number in equal.items())
+    print(f"ties without a question, both answers being equal, of {len(judgeable)} pairs: {words}")
     described = sum(bool(pair["persona"]) for pair in judgeable)
     if described < len(judgeable):
         print(
@@ -123,6 +127,7 @@ def main(args: argparse.Namespace) -> int:
     content = {"note": note, "sides": sides, "ties allowed": not args.no_ties, "tie rule": TIE_RULE}
     content["pairs with a persona"] = described
     content |= {f"without reply: {side}": number for side, number in silent.items()}
+    content |= {f"ties without a question: {task}": number for task, number in equal.items()}
     content |= {"judges": rows, "agreement": agreements, "recognition": recognition}
     showing.write_json(out / "judge.json", content)
     verdicts = [vars(one) for one in judged]
@@ -211,15 +216,23 @@ def sheet_names(sheets: Sequence[Path], taken: set[str]) -> dict[Path, str]:
     }
 
 
-def people(sheet: Path, judge: str, known: set[str]) -> list[Judged]:
+def people(sheet: Path, judge: str, pairs: Mapping[str, Mapping[str, Any]]) -> list[Judged]:
     """A filled sheet as a judge."""
     found = read_sheet(sheet)
-    if strange := sorted({name for name, _ in found} - known):
+    if strange := sorted({name for name, _ in found} - pairs.keys()):
         raise ValueError(
             f"{sheet}: judges {strange[0]}, which is not among these pairs; give those it was made of"
         )
+    tasks = {task.name: task for task in TASKS}
     return [
-        Judged(judge=judge, task=task, pair=name, verdicts=(None, None), outcome=outcome, asked=False)
+        Judged(
+            judge=judge,
+            task=task,
+            pair=name,
+            verdicts=(None, None),
+            outcome=outcome,
+            asked=not _equal(pairs[name], tasks[task]),
+        )
         for (name, task), outcome in found.items()
     ]
 
@@ -254,7 +267,7 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             row[f"{names[outcome]} ci"] = wilson(counts[outcome], len(read))
         decided = counts["first"] + counts["second"]
         row["p_sign"] = float(binomtest(counts["second"], decided).pvalue) if decided else 1.0
-        twice = [one for one in mine if one.asked and None not in one.verdicts]
+        twice = [one for one in mine if None not in one.verdicts]
         same = [one for one in twice if one.outcome != "tie" or one.verdicts == ("tie", "tie")]
         row["orders agree"] = 100 * len(same) / len(twice) if twice else None
         places = [verdict for one in twice for verdict in one.verdicts if verdict != "tie"]
@@ -267,13 +280,13 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def agreement_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """One row for each two judges and question: pairs that both judged, share of equal outcomes, Cohen's
-    kappa (None where one of them always says the same)."""
+    """One row for each two judges and question: pairs with different answers that both judged, share of equal
+    outcomes, Cohen's kappa (None where both always say the same)."""
     from sklearn.metrics import cohen_kappa_score
 
     by_judge: dict[str, dict[tuple[str, str], str]] = {}
     for one in judged:
-        if one.outcome is not None:
+        if one.asked and one.outcome is not None:
             by_judge.setdefault(one.judge, {})[one.task, one.pair] = one.outcome
     rows = []
     for (one, mine), (other, theirs) in itertools.combinations(by_judge.items(), 2):
@@ -291,8 +304,9 @@ def agreement_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def recognition_rows(judged: Sequence[Judged], pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each judge and question: pairs with an outcome and r1 on both sides, Spearman's correlation
-    of the gain in r1 with the outcome, its two-sided p; None where either is the same for all."""
+    """One row for each judge and question: pairs with different answers, an outcome, and r1 on both sides,
+    Spearman's correlation of the gain in r1 with the outcome, its two-sided p; None where either is the same
+    for all."""
     gains = {
         pair["id"]: pair["second"]["r1"] - pair["first"]["r1"]
         for pair in pairs
@@ -302,7 +316,9 @@ def recognition_rows(judged: Sequence[Judged], pairs: Sequence[Mapping[str, Any]
     rows = []
     for judge, task in dict.fromkeys((one.judge, one.task) for one in judged):
         mine = [one for one in judged if (one.judge, one.task) == (judge, task) and one.pair in gains]
-        points = [(gains[one.pair], worth[one.outcome]) for one in mine if one.outcome is not None]
+        points = [
+            (gains[one.pair], worth[one.outcome]) for one in mine if one.asked and one.outcome is not None
+        ]
         if points:
             correlation, p = spearman(*np.array(points, float).T)
             rows.append({"judge": judge, "task": task, "n": len(points), "spearman": correlation, "p": p})

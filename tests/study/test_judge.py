@@ -153,6 +153,22 @@ def test_kappa_by_hand():
     assert agreement_rows([*same[0], *same[1]])[0]["kappa"] is None
 
 
+def test_ties_without_a_question_are_no_agreement_and_no_point_of_a_correlation():
+    automatic = [
+        Judged(judge=judge, task="expression", pair=str(n), verdicts=(None, None), outcome="tie", asked=False)
+        for judge in ("one", "two")
+        for n in range(4, 20)
+    ]
+    one = judged("one", ["second", "second", "first", "tie"])
+    other = judged("two", ["second", "first", "first", "tie"])
+    (row,) = agreement_rows([*one, *other, *automatic])
+    assert (row["n"], row["equal"], row["kappa"]) == (4, 75.0, pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16)))
+    assert agreement_rows(automatic) == []
+    pairs = [{"id": str(n), "first": {"r1": 0.5}, "second": {"r1": 0.5 + n}} for n in range(20)]
+    assert [row["n"] for row in recognition_rows([*one, *other, *automatic], pairs)] == [4, 4]
+    assert result_rows([*one, *automatic[:16]])[0]["n"] == 20, "the shares are of all pairs"
+
+
 def test_two_judges_are_asked_in_both_orders_once_and_the_table_is_theirs(tmp_path, capsys):
     pairs = [pair(n, f"bad words {n}", f"good words {n}") for n in range(3)]
     pairs.append(pair(3, "same", "same"))
@@ -191,9 +207,12 @@ def test_two_judges_are_asked_in_both_orders_once_and_the_table_is_theirs(tmp_pa
         assert (rows["lazy", task]["n"], rows["lazy", task]["unread"]) == (3, 1)
         assert rows["lazy", task]["tie"] == 100.0 and rows["lazy", task]["place A preferred"] == 100.0
     assert (found["without reply: first"], found["without reply: second"]) == (1, 0)
-    assert [row["judges"] for row in found["agreement"]] == ["fair and lazy"] * 2
+    assert [(row["judges"], row["n"]) for row in found["agreement"]] == [("fair and lazy", 2)] * 2
+    assert [row["n"] for row in found["recognition"]] == [3, 3, 2, 2]
+    assert found["ties without a question: expression"] == 1
     printed = capsys.readouterr().out
     assert "plumbing run, not a result" in printed and "without a readable reply: first 1" in printed
+    assert "ties without a question, both answers being equal, of 4 pairs: 1 in understanding" in printed
     assert (tmp_path / "out" / "judge.png").stat().st_size > 1000
 
 
@@ -290,7 +309,8 @@ def test_a_person_is_one_judge_more(tmp_path, capsys):
 
 
 def test_two_people_whose_sheets_have_one_name_are_two_judges(tmp_path, capsys):
-    path = pairs_file(tmp_path, [pair(n, f"old {n}", f"new {n}") for n in range(4)])
+    same = pair(4, "same", "same")
+    path = pairs_file(tmp_path, [*(pair(n, f"old {n}", f"new {n}") for n in range(4)), same])
     sheets = [tmp_path / who / "sheet.csv" for who in ("an1", "an2")]
     for sheet, verdict in zip(sheets, ("A", "tie"), strict=True):
         sheet.parent.mkdir()
@@ -299,7 +319,7 @@ def test_two_people_whose_sheets_have_one_name_are_two_judges(tmp_path, capsys):
     words = ["judge", "--pairs", str(path), "--sheets", *map(str, sheets)]
     assert main(words) == 0
     found = json.loads((tmp_path / "judge.json").read_text())
-    assert {(row["judge"], row["n"]) for row in found["judges"]} == {("an1/sheet", 4), ("an2/sheet", 4)}
+    assert {(row["judge"], row["n"]) for row in found["judges"]} == {("an1/sheet", 5), ("an2/sheet", 5)}
     assert [row["judges"] for row in found["agreement"]] == ["an1/sheet and an2/sheet"] * 2
     assert all((row["n"], row["equal"]) == (4, 0.0) for row in found["agreement"])
     assert sheet_names([tmp_path / "ann.csv"], {"ann"}) == {tmp_path / "ann.csv": "ann (sheet)"}
@@ -308,7 +328,7 @@ def test_two_people_whose_sheets_have_one_name_are_two_judges(tmp_path, capsys):
     # The same questions twice, by way of the pairs, of the key, or of two judges with one name.
     path.write_text(path.read_text() * 2)
     assert main(words) == 2
-    assert "record 5 answers s/test/d0/1 a second time" in capsys.readouterr().err
+    assert "record 6 answers s/test/d0/1 a second time" in capsys.readouterr().err
     key = json.loads(key_of(sheets[0]).read_text())
     one, other = (name for name, item in key["items"].items() if item["id"] == "s/test/d0/1")
     key["items"][other] |= {"task": key["items"][one]["task"]}
