@@ -19,6 +19,7 @@ from selfemo_jax.reporting import html, studies
 from selfemo_jax.reporting.compare import comparisons, seed_groups
 from selfemo_jax.reporting.rollouts import blocks
 from selfemo_jax.reporting.runs import RunReport, labels_of, read_run
+from selfemo_jax.reporting.scores import MIN_DIALOGUES
 
 MAX_ROLLOUTS = 100_000
 MAX_DIALOGUES = 2_000
@@ -78,6 +79,7 @@ def write_report(
         "title": ", ".join(run.summary["label"] for run in runs),
         "runs": [run.summary for run in runs],
         "comparisons": comparisons(runs),
+        "min_dialogues": MIN_DIALOGUES,
         "seeds": seed_groups(runs),
         "studies": [table for path, label in sources for table in studies.tables(path, notices, of=label)],
         "notices": notices,

@@ -2,7 +2,7 @@
 
 A prediction outside the labels (invalid, or unknown) is wrong and stays in every denominator, as in the
 scores of the run itself. Intervals and tests resample dialogues, not utterances: utterances of a dialogue
-are not independent.
+are not independent. With fewer than `MIN_DIALOGUES` dialogues there is no interval and no p of the bootstrap.
 
 Shape letters: D dialogues, C classes, S bootstrap samples.
 """
@@ -16,6 +16,10 @@ import numpy as np
 from selfemo_jax.reporting.reading import Notices, number
 
 NUM_SAMPLES = 2000
+MIN_DIALOGUES = 10
+"""Dialogues that a bootstrap over them needs at least. Resampling few of them understates their spread: of
+simulated 95 % intervals (12 turns a dialogue, half of them right, ease of a dialogue uniform) 90 % hold the
+truth with 10 dialogues, 86 % with 5, 78 % with 3 and 60 % with 2; with one, every draw is the same."""
 
 Prediction = Mapping[str, Any]
 
@@ -119,15 +123,15 @@ def score_rows(
             chosen = of_part(predictions.get(split, ()), name, part)
             if chosen and len(chosen) == row["num"] and all(p["gold"] in labels for p in chosen):
                 confusion = count(chosen, labels).confusion
-                (draws,) = resampled([confusion])
-                row["intervals"] = {
-                    "accuracy": interval(accuracy(draws)),
-                    "weighted_f1": interval(weighted_f1(draws)),
-                }
                 if row["accuracy"] is None or abs(accuracy(confusion.sum(0)) - row["accuracy"]) > 1e-3:
-                    row["intervals"] = {}
                     where = f"{name}, {part}" if part else name
                     notices.append(f"{split}: the predictions on {where} are not those of its scores")
+                elif len(confusion) >= MIN_DIALOGUES:
+                    (draws,) = resampled([confusion])
+                    row["intervals"] = {
+                        "accuracy": interval(accuracy(draws)),
+                        "weighted_f1": interval(weighted_f1(draws)),
+                    }
             rows.append(row)
     return rows
 
@@ -176,7 +180,8 @@ def compare(
 ) -> dict[str, Any] | None:
     """The second policy against the first on the inputs that both answered; None without common inputs.
 
-    Weighted F1 by a paired bootstrap over dialogues, accuracy by McNemar's exact test.
+    Weighted F1 by a paired bootstrap over dialogues, with fewer than `MIN_DIALOGUES` neither interval nor p;
+    accuracy by McNemar's exact test.
     """
     before = {p["id"]: p for p in first if p.get("gold") in labels}
     after = {p["id"]: p for p in second if p.get("gold") in labels}
@@ -184,9 +189,13 @@ def compare(
     if not common:
         return None
     counts = [count([side[name] for name in common], labels).confusion for side in (before, after)]
-    draws = resampled(counts)
-    differences = weighted_f1(draws[1]) - weighted_f1(draws[0])
-    least = min((differences <= 0).sum(), (differences >= 0).sum())
+    bounds = p_bootstrap = None
+    if len(counts[0]) >= MIN_DIALOGUES:
+        draws = resampled(counts)
+        differences = weighted_f1(draws[1]) - weighted_f1(draws[0])
+        least = min((differences <= 0).sum(), (differences >= 0).sum())
+        bounds = interval(differences)
+        p_bootstrap = number(min(1.0, 2 * (least + 1) / (len(differences) + 1)), 5)
     right = [np.array([side[name].get("prediction") == side[name]["gold"] for name in common])
              for side in (before, after)]  # fmt: skip
     lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
@@ -196,8 +205,8 @@ def compare(
         "dialogues": len(counts[0]),
         "weighted_f1": [number(value) for value in wf1],
         "difference": number(wf1[1] - wf1[0]),
-        "interval": interval(differences),
-        "p_bootstrap": number(min(1.0, 2 * (least + 1) / (len(differences) + 1)), 5),
+        "interval": bounds,
+        "p_bootstrap": p_bootstrap,
         "won": won,
         "lost": lost,
         "p_mcnemar": number(mcnemar_p(won, lost), 5),
@@ -212,10 +221,12 @@ def mcnemar_p(one: int, other: int) -> float:
     return float(binomtest(one, one + other).pvalue) if one + other else 1.0
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that keep the error of the whole family."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction: p-values that keep the error of the whole family. The family are the tests
+    that have a p; None stays None."""
+    adjusted: list[float | None] = [None] * len(p_values)
+    known, largest = sorted((p, place) for place, p in enumerate(p_values) if p is not None), 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[place] = largest
     return adjusted

@@ -2,7 +2,8 @@
 
 Accuracy, averaged over data sets and seeds: a bootstrap over seeds and dialogues, paired for differences (the
 same dialogues, and the same seeds where both arms have them), and the paired t-test over seeds. Holm's
-correction is over the arms. With few seeds the t-test can hardly find anything, and the bootstrap takes their
+correction is over the arms. With fewer than ten dialogues in a set the bootstrap is left out, and the table
+says so. With few seeds the t-test can hardly find anything, and the bootstrap takes their
 spread for a little smaller than it is.
 """
 
@@ -10,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfemo_jax.study.compare import percent
+from selfemo_jax.study.compare import percent_bounds
 from selfemo_jax.study.reading import Predictions, read_predictions
 from selfemo_jax.study.seeds import counts_by_set
-from selfemo_jax.study.significance import accuracy, difference, estimate, holm, paired_t, point
+from selfemo_jax.study.significance import FEW, accuracy, difference, estimate, holm, paired_t, point
 
 TESTS = ("p_bootstrap", "p_bootstrap_holm", "p_t")
 Runs = Mapping[str, Mapping[int, Path]]
@@ -40,10 +41,11 @@ def with_tests(
         # Every row has every column, the reference too.
         tested = [dict.fromkeys(TESTS) | row for row in tested]
         tested = [{name: row[name] for name in (*_others(row), *TESTS)} for row in tested]
-    return tested, (
+    words = (
         "[ , ]: 95 % bootstrap over seeds and dialogues; p_bootstrap: paired, against the reference, then "
         "with Holm's correction over the arms; p_t: paired t-test over seeds"
     )
+    return tested, f"{words}; {FEW}" if any(row["mean ci"] is None for row in tested) else words
 
 
 def _tested(
@@ -62,7 +64,7 @@ def _tested(
         members = systems[row["arm"]]
         counts = list(counts_by_set(list(members.values())).values())
         found = estimate(counts, accuracy)
-        extra: dict[str, Any] = {"mean ci": [percent(found.low), percent(found.high)]}
+        extra: dict[str, Any] = {"mean ci": percent_bounds(found)}
         shared = sorted(base.keys() & members.keys())
         if row["arm"] != reference and shared:
             extra |= _against([base[seed] for seed in shared], [members[seed] for seed in shared])
@@ -85,7 +87,7 @@ def _against(first: Sequence[Predictions], second: Sequence[Predictions]) -> dic
         for side in (here, there)
     ]
     return {
-        "difference ci": [percent(gap.low), percent(gap.high)],
+        "difference ci": percent_bounds(gap),
         "p_bootstrap": gap.p,
         "p_t": paired_t(*means),
     }

@@ -282,9 +282,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
             text = showing.cell(name, value)
         else:
             text = f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}"
-        if bounds := row.get(f"{name} ci"):
-            text += f" {showing.cell('', bounds)}"
-        shown[name] = text
+        shown[name] = showing.with_bounds(text, row, name)
     return shown
 
 

@@ -6,7 +6,8 @@ A system is a run, a folder that `selfemo_jax.evaluate` wrote, or a predictions 
 its split; all are of one split. Each further one is compared with the first on the inputs that both answered:
 accuracy by McNemar's exact test, scores by a paired bootstrap over dialogues. Holm's correction is over all
 comparisons and data sets of the table, for each kind of test; the row over all sets and those of parts of a
-set (shared, clean) stand outside that family.
+set (shared, clean) stand outside that family. With fewer than ten dialogues in a set there is no interval and
+no p of the bootstrap, and the tables say so.
 """
 
 import argparse
@@ -17,8 +18,11 @@ from typing import Any
 from selfemo_jax.study import showing
 from selfemo_jax.study.reading import Predictions, by_part, joined_notes, read_predictions, short_names
 from selfemo_jax.study.significance import (
+    FEW,
+    MIN_DIALOGUES,
     NUM_SAMPLES,
     SCORES,
+    Estimate,
     dialogue_counts,
     difference,
     estimate,
@@ -70,10 +74,14 @@ def main(args: argparse.Namespace) -> int:
     )
     for title, rows in zip(titles, (scores, tests), strict=True):
         showing.print_table(title, rows)
+    remark = FEW if any(row["dialogues"] < MIN_DIALOGUES for row in (*scores, *tests)) else ""
+    if remark:
+        print(remark)
     content = {"note": note, "split": split, "reading": reading, "bootstrap_samples": args.samples}
+    content["remark"] = remark
     showing.write_json(out / "compare.json", {**content, "scores": scores, "significance": tests})
     pages = [showing.markdown(title, rows) for title, rows in zip(titles, (scores, tests), strict=True)]
-    showing.atomic_write(out / "compare.md", "\n".join(pages))
+    showing.atomic_write(out / "compare.md", "\n".join([*pages, *([f"{remark}\n"] if remark else [])]))
     draw_scores(out / "compare.png", whole, title=titles[0])
     print(f"written: {out}/compare.json, .md, .png")
     return 0
@@ -108,7 +116,7 @@ def score_rows(systems: Sequence[Predictions], *, num: int, mean: bool = True) -
             for score, function in SCORES.items():
                 found = estimate(sets, function, num=num)
                 row[score] = percent(found.value)
-                row[f"{score} ci"] = [percent(found.low), percent(found.high)]
+                row[f"{score} ci"] = percent_bounds(found)
             rows.append(row)
     return rows
 
@@ -177,13 +185,18 @@ def _test(pairs: Sequence[Pair], *, num: int) -> dict[str, Any]:
     row: dict[str, Any] = {"n": len(right[0]), "dialogues": sum(len(runs[0]) for runs in first)}
     for name, shown in (("accuracy", "accuracy"), ("weighted_f1", "w-F1")):
         row[f"difference {shown}"] = percent(gaps[name].value)
-        row[f"difference {shown} ci"] = [percent(gaps[name].low), percent(gaps[name].high)]
+        row[f"difference {shown} ci"] = percent_bounds(gaps[name])
     return row | {"won": won, "lost": lost, "p_mcnemar": p, "p_bootstrap": gaps["weighted_f1"].p}
 
 
 def percent(value: float) -> float:
     """A share as percent with four digits behind the point."""
     return round(100 * value, 4)
+
+
+def percent_bounds(found: Estimate) -> list[float] | None:
+    """Both ends of an interval as percent; None where there is none."""
+    return [percent(bound) for bound in found.interval] if found.interval else None
 
 
 def draw_scores(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
@@ -197,8 +210,9 @@ def draw_scores(path: Path, rows: Sequence[dict[str, Any]], *, title: str) -> No
             mine = [row for row in rows if row["run"] == run]
             x = [sets.index(row["set"]) + 0.6 * (place + 0.5) / len(runs) - 0.3 for row in mine]
             y = [row[score] for row in mine]
-            low = [max(0.0, row[score] - row[f"{score} ci"][0]) for row in mine]
-            high = [max(0.0, row[f"{score} ci"][1] - row[score]) for row in mine]
+            bounds = [row[f"{score} ci"] or [row[score]] * 2 for row in mine]
+            low = [max(0.0, value - bound[0]) for value, bound in zip(y, bounds, strict=True)]
+            high = [max(0.0, bound[1] - value) for value, bound in zip(y, bounds, strict=True)]
             axes.errorbar(x, y, yerr=[low, high], fmt="o", capsize=3, label=run)
         axes.set(title=score.replace("_", " "), ylabel="percent")
         axes.set_xticks(range(len(sets)), sets, rotation=20, ha="right")

@@ -9,7 +9,7 @@ mean entropy on the tokens of each part of an answer: reasoning, emotion, self-e
 ``sampled`` lets each of them answer held-out inputs (``--split``; ``selfemo`` are the run's held-out
 synthetic ones, as in the paper) at the rollout temperature, which is the policy's own entropy on data that it
 was not trained on. Only answers inside the grammar have parts; how many there are is told. Intervals draw
-dialogues.
+dialogues, ten at least.
 (c) How varied the replies of each RL step were: different word n-grams (distinct-1, distinct-2) and self-BLEU
 among all replies of the step and among those to one input, where 1 says that all are alike. An entropy that
 falls while these stay is confidence; one that falls with them is collapse.
@@ -33,7 +33,7 @@ from selfemo_jax.rollout.records import load_groups
 from selfemo_jax.study import showing
 from selfemo_jax.study.curves import spearman, trainings
 from selfemo_jax.study.reading import read_jsonl, read_metrics, run_note
-from selfemo_jax.study.significance import estimate, mean_of_sums, sums_by_dialogue
+from selfemo_jax.study.significance import FEW, estimate, mean_of_sums, sums_by_dialogue
 from selfemo_jax.study.spans import PARTS, part_ranges, token_parts, token_ranges
 from selfemo_jax.study.token_entropy import TokenEntropies
 
@@ -84,12 +84,16 @@ def main(args: argparse.Namespace) -> int:
     else:
         print("variety of the replies: not logged by this run")
     showing.print_table(titles[1], rows)
+    remark = FEW if any(bounds is None for row in rows for bounds in row.values()) else ""
+    if remark:
+        print(remark)
     out = args.out or args.run / "study"
     drawn = ("step", "phase", "entropy", *VARIETY)
     points = [{name: line[name] for name in drawn if name in line} for line in lines]
     content = {
         "note": note,
         "answers": args.answers,
+        "remark": remark,
         "over training": steps,
         "variety of replies": variety,
         "by part": rows,
@@ -215,7 +219,7 @@ def part_means(answers: Sequence[Spoken], values: Sequence[np.ndarray]) -> dict[
         ids = [one.id for one, mask in zip(answers, chosen, strict=True) for _ in range(int(mask.sum()))]
         found = estimate([[sums_by_dialogue(flat, ids)]], mean_of_sums)
         row[part] = found.value
-        row[f"{part} ci"] = [found.low, found.high]
+        row[f"{part} ci"] = None if found.interval is None else list(found.interval)
     return row
 
 
@@ -369,7 +373,7 @@ def draw(
         mine = [(place, row) for place, row in enumerate(rows) if part in row]
         if mine:
             y = np.array([row[part] for _, row in mine])
-            bounds = np.array([row[f"{part} ci"] for _, row in mine])
+            bounds = np.array([row[f"{part} ci"] or [row[part]] * 2 for _, row in mine])
             error = np.maximum(np.abs(bounds.T - y), 0)
             right.errorbar([place for place, _ in mine], y, yerr=error, marker="o", capsize=3, label=part)
     right.set(title="by part of the answer")

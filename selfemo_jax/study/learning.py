@@ -8,11 +8,10 @@ score), on whole held-out splits, input by input.
 
 The difference has two standard errors: over seeds (the spread of the seeds' mean differences) and over
 dialogues (differences averaged over seeds, inputs of a dialogue taken together). A rise counts when it is
-above twice the larger of them.
+above twice the larger of them. Fewer than ten dialogues have no such error, and nothing is said of a rise.
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from selfemo_jax.algo.rewards import weighted_iou
-from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.checkpoint import find_checkpoint
 from selfemo_jax.config_io import load_config
 from selfemo_jax.data.label_arrays import answers_to_arrays, gold_to_array
@@ -37,6 +35,7 @@ from selfemo_jax.scores import greedy_answers
 from selfemo_jax.study import showing
 from selfemo_jax.study.reading import joined_notes, run_note
 from selfemo_jax.study.same_settings import check_made_by
+from selfemo_jax.study.significance import FEW, MIN_DIALOGUES
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "base": (),
@@ -53,10 +52,10 @@ class Rise:
     """Mean r1 of each seed after the cold start."""
     after: tuple[float, ...]
     """Mean r1 of each seed at the end."""
-    se_seeds: float
-    """Standard error of the mean difference over seeds; NaN for one seed."""
-    se_dialogues: float
-    """Standard error of the mean difference over dialogues."""
+    se_seeds: float | None
+    """Standard error of the mean difference over seeds; None for one seed."""
+    se_dialogues: float | None
+    """Standard error of the mean difference over dialogues; None with fewer than `MIN_DIALOGUES`."""
 
     @property
     def mean(self) -> float:
@@ -64,10 +63,11 @@ class Rise:
         return float(np.mean(self.after) - np.mean(self.before))
 
     @property
-    def holds(self) -> bool:
-        """Whether r1 rose by more than twice the larger standard error."""
-        errors = [error for error in (self.se_seeds, self.se_dialogues) if not math.isnan(error)]
-        return self.mean > 2 * max(errors)
+    def holds(self) -> bool | None:
+        """Whether r1 rose by more than twice the larger standard error; None without one over dialogues."""
+        if self.se_dialogues is None:
+            return None
+        return self.mean > 2 * max(self.se_dialogues, self.se_seeds or 0.0)
 
 
 def rise(before: np.ndarray, after: np.ndarray, roots: Sequence[str]) -> Rise:
@@ -75,7 +75,7 @@ def rise(before: np.ndarray, after: np.ndarray, roots: Sequence[str]) -> Rise:
 
     The error over dialogues is that of a ratio of sums over clusters (linearised):
     sqrt(D / (D - 1) sum_d (s_d - m n_d)^2) / N with s_d the summed difference of dialogue d, n_d its inputs,
-    m the mean difference and D the number of dialogues.
+    m the mean difference and D the number of dialogues; None with fewer than `MIN_DIALOGUES`.
     """
     if before.shape != after.shape or before.shape[1] != len(roots):
         raise ValueError(
@@ -88,12 +88,15 @@ def rise(before: np.ndarray, after: np.ndarray, roots: Sequence[str]) -> Rise:
     _, cluster = np.unique(list(roots), return_inverse=True)
     residual = np.bincount(cluster, difference.mean(axis=0) - difference.mean())
     num_clusters = len(residual)
-    spread = float((residual**2).sum()) * num_clusters / max(num_clusters - 1, 1)
+    se_dialogues = None
+    if num_clusters >= MIN_DIALOGUES:
+        spread = float((residual**2).sum()) * num_clusters / (num_clusters - 1)
+        se_dialogues = math.sqrt(spread) / num_inputs
     return Rise(
         before=tuple(map(float, before.mean(axis=1))),
         after=tuple(map(float, after.mean(axis=1))),
-        se_seeds=float(by_seed.std(ddof=1) / math.sqrt(num_seeds)) if num_seeds > 1 else math.nan,
-        se_dialogues=math.sqrt(spread) / num_inputs,
+        se_seeds=float(by_seed.std(ddof=1) / math.sqrt(num_seeds)) if num_seeds > 1 else None,
+        se_dialogues=se_dialogues,
     )
 
 
@@ -170,7 +173,7 @@ def study(
             name: vars(value) | {"mean": value.mean, "holds": value.holds} for name, value in results.items()
         }
         content = {"note": note, "splits": list(splits), "arms": summary}
-        atomic_write(folder / "learning.json", json.dumps(content, indent=1) + "\n")
+        showing.write_json(folder / "learning.json", content)
     return results
 
 
@@ -198,11 +201,12 @@ def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: in
             " ".join(f"{number:.3f}" for number in value.before),
             " ".join(f"{number:.3f}" for number in value.after),
             f"{value.mean:+.4f}",
-            f"{value.se_seeds:.4f}",
-            f"{value.se_dialogues:.4f}",
-            "yes" if value.holds else "no",
+            *("-" if error is None else f"{error:.4f}" for error in (value.se_seeds, value.se_dialogues)),
+            showing.cell("rise", value.holds),
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
     # Above the table and not in it, where it would be broken to the table's width.
     console.print(title, markup=False, soft_wrap=True)
     console.print(table)
+    if any(value.holds is None for value in results.values()):
+        console.print(FEW, highlight=False)

@@ -9,7 +9,8 @@ RL steps are read, over training inputs; else what `selfemo_jax.evaluate` wrote:
 of N answers, otherwise one greedy answer to each input. For those the clusters must hold the personas of that
 split (`study clusters --splits test`). r1 is the weighted IoU of an answer; R, the whole reward with the
 consensus, is of groups alone: both are named, each in its own column, and systems whose answers were drawn in
-different ways are said to be so. Answers of a dialogue are not independent: the intervals draw dialogues.
+different ways are said to be so. Answers of a dialogue are not independent: the intervals draw dialogues, and
+there are none with fewer than ten.
 Answers whose responder has no persona, or one of no cluster, are counted apart.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from selfemo_jax.study import showing
-from selfemo_jax.study.compare import percent
+from selfemo_jax.study.compare import percent, percent_bounds
 from selfemo_jax.study.earned import (
     KINDS,
     NOISE,
@@ -31,7 +32,7 @@ from selfemo_jax.study.earned import (
     read_system,
 )
 from selfemo_jax.study.reading import joined_notes, short_names
-from selfemo_jax.study.significance import NUM_SAMPLES, estimate, mean_of_sums, sums_by_dialogue
+from selfemo_jax.study.significance import FEW, NUM_SAMPLES, estimate, mean_of_sums, sums_by_dialogue
 
 SCORES = ("r1", "accuracy", "R")
 OTHER = {NOISE: "in no cluster", UNKNOWN: "responder without a clustered persona"}
@@ -68,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
         for row in cluster_rows(system.earned, clusters, most=args.most, num=args.samples)
     ]
     told = remarks(systems)
+    if any(row.get("r1 ci", ()) is None for row in rows):
+        told.append(FEW)
     note = joined_notes([system.note for system in systems])
     kinds = list(dict.fromkeys(system.answers for system in systems))
     title = showing.titled(
@@ -148,8 +151,7 @@ def _row(name: str, earned: Sequence[Earned], *, num: int) -> dict[str, Any]:
             continue
         found = estimate([[sums_by_dialogue(values, ids)]], mean_of_sums, num=num)
         row[key] = percent(found.value)
-        # One dialogue says nothing about others.
-        row[f"{key} ci"] = [percent(found.low), percent(found.high)] if row["dialogues"] > 1 else None
+        row[f"{key} ci"] = percent_bounds(found)
     return row
 
 

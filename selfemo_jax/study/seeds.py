@@ -7,7 +7,7 @@ Finished runs are not run again and interrupted ones go on, so the command may b
 with other train flags than the runs were made with it refuses. Each score gets its mean and standard
 deviation over seeds, the interval of Student's t over seeds (dialogues held fixed), and a bootstrap interval
 over seeds and dialogues together. Resampling few seeds understates their spread (by 1/n of its variance); the
-t interval does not.
+t interval does not. With fewer than ten dialogues in a set the bootstrap interval is left out.
 """
 
 import argparse
@@ -22,10 +22,18 @@ from typing import Any
 
 from selfemo_jax.appendlog import atomic_write
 from selfemo_jax.study import showing
-from selfemo_jax.study.compare import ALL_SETS, percent
+from selfemo_jax.study.compare import ALL_SETS, percent, percent_bounds
 from selfemo_jax.study.reading import Predictions, by_part, joined_notes, read_predictions
 from selfemo_jax.study.same_settings import check_alike, check_made_by
-from selfemo_jax.study.significance import NUM_SAMPLES, SCORES, dialogue_counts, estimate, over_seeds, point
+from selfemo_jax.study.significance import (
+    FEW,
+    NUM_SAMPLES,
+    SCORES,
+    dialogue_counts,
+    estimate,
+    over_seeds,
+    point,
+)
 
 FLAGS_FILE = "flags.json"
 SAME_INPUTS = "runs are taken together or in pairs where they have the same data and splits"
@@ -72,6 +80,9 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
     rows = rows_of(list(systems.values()), num=args.samples)
     title = showing.titled(f"{args.split}: {len(systems)} seeds, percent", note)
     showing.print_table(title, rows)
+    remark = FEW if any(row["seeds and dialogues"] is None for row in rows) else ""
+    if remark:
+        print(remark)
     each = [
         {"seed": seed} | scores_of(system) for seed, system in systems.items()
     ]  # fmt: skip
@@ -80,11 +91,13 @@ def main(args: argparse.Namespace, further: Sequence[str] = ()) -> int:
         "note": note,
         "split": args.split,
         "train_flags": " ".join(further),
+        "remark": remark,
         "scores": rows,
         "seeds": each,
     }
     showing.write_json(args.out / "seeds.json", content)
-    showing.atomic_write(args.out / "seeds.md", showing.markdown(title, rows))
+    page = showing.markdown(title, rows)
+    showing.atomic_write(args.out / "seeds.md", f"{page}\n{remark}\n" if remark else page)
     print(f"written: {args.out}/seeds.json, .md")
     return 0
 
@@ -170,7 +183,7 @@ def seed_rows(systems: Sequence[Predictions], *, num: int, mean: bool = True) ->
                     "mean": of_seeds["mean"],
                     "sd": of_seeds["sd"],
                     "t over seeds": None if of_seeds["sd"] is None else [of_seeds["low"], of_seeds["high"]],
-                    "seeds and dialogues": [percent(both.low), percent(both.high)],
+                    "seeds and dialogues": percent_bounds(both),
                 }
             )
     return rows

@@ -38,7 +38,8 @@ def cell(name: str, value: Any) -> str:
 
 
 def shown(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows of strings with the same columns; ``<name> ci`` is put beside the value of ``<name>``."""
+    """Rows of strings with the same columns; ``<name> ci`` is put beside the value of ``<name>``, ``[-]``
+    where a value has none."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     result = []
     for row in rows:
@@ -46,10 +47,17 @@ def shown(rows: Sequence[Row]) -> list[dict[str, str]]:
         for name in columns:
             if name.endswith(" ci") and name.removesuffix(" ci") in columns:
                 continue
-            bounds = row.get(f"{name} ci")
-            line[name] = cell(name, row.get(name)) + (f" {cell('', bounds)}" if bounds else "")
+            line[name] = with_bounds(cell(name, row.get(name)), row, name)
         result.append(line)
     return result
+
+
+def with_bounds(text: str, row: Row, name: str) -> str:
+    """The text of a value with its interval behind it."""
+    if row.get(name) is None or f"{name} ci" not in row:
+        return text
+    bounds = row[f"{name} ci"]
+    return f"{text} {cell('', bounds) if bounds else '[-]'}"
 
 
 def print_table(title: str, rows: Sequence[Row], *, width: int = 200) -> None:

@@ -2,7 +2,8 @@
 
 Utterances of a dialogue are not independent, so whole dialogues are drawn with replacement, never
 utterances. A score is a function of counts that add up over dialogues (a confusion, or sums and numbers), so
-that all bootstrap samples are one product. With runs of several seeds the seeds are drawn too.
+that all bootstrap samples are one product. With runs of several seeds the seeds are drawn too. With fewer
+than `MIN_DIALOGUES` dialogues in a data set there is no interval and no p-value: None, shown as "-".
 
 Shape letters: R runs (seeds), D dialogues, C classes, S bootstrap samples, N inputs.
 """
@@ -13,9 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from selfemo_jax.reporting.scores import accuracy, count, dialogue_of, macro_f1, weighted_f1
+from selfemo_jax.reporting.scores import (
+    MIN_DIALOGUES,
+    accuracy,
+    count,
+    dialogue_of,
+    macro_f1,
+    weighted_f1,
+)
 
 __all__ = [
+    "FEW",
+    "MIN_DIALOGUES",
     "SCORES",
     "Draws",
     "Estimate",
@@ -36,6 +46,8 @@ __all__ = [
 ]
 
 NUM_SAMPLES = 5000
+FEW = f"-: fewer than {MIN_DIALOGUES} dialogues say too little of others for an interval or a bootstrap p"
+"""Why a table lacks them."""
 Score = Callable[[np.ndarray], np.ndarray]
 """Counts ``[..., X, Y]`` -> scores ``[...]``."""
 
@@ -55,10 +67,10 @@ class Estimate:
     """A value, or a difference of two, with its 95 % bootstrap interval."""
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
+    """None with fewer than `MIN_DIALOGUES` dialogues in a data set."""
     p: float | None = None
-    """Two-sided p-value of a difference; None for a single value."""
+    """Two-sided p-value of a difference; None for a single value, and without an interval."""
 
 
 SCORES: Mapping[str, Score] = {"accuracy": accuracy, "weighted_f1": weighted_f1, "macro_f1": macro_f1}
@@ -119,9 +131,11 @@ def estimate(
 
     sets: for each data set the counts ``[D, X, Y]`` of each run (one run: its dialogues alone are drawn).
     """
+    value = float(np.mean([point(runs, score) for runs in sets]))
+    if not _enough(sets):
+        return Estimate(value=value, interval=None)
     drawn = np.mean([_set_samples(runs, score, num, seed, i) for i, runs in enumerate(sets)], axis=0)
-    low, high = _bounds(drawn)
-    return Estimate(value=float(np.mean([point(runs, score) for runs in sets])), low=low, high=high)
+    return Estimate(value=value, interval=_bounds(drawn))
 
 
 def difference(
@@ -138,6 +152,9 @@ def difference(
     with the same seeds belong together). p is twice the share of samples on the wrong side of 0, with one
     added to both counts.
     """
+    value = float(np.mean([point(b, score) - point(a, score) for a, b in zip(first, second, strict=True)]))
+    if not _enough(first):
+        return Estimate(value=value, interval=None)
     drawn = np.mean(
         [
             _set_samples(there, score, num, seed, i) - _set_samples(here, score, num, seed, i)
@@ -145,10 +162,8 @@ def difference(
         ],
         axis=0,
     )
-    value = float(np.mean([point(b, score) - point(a, score) for a, b in zip(first, second, strict=True)]))
     least = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    low, high = _bounds(drawn)
-    return Estimate(value=value, low=low, high=high, p=float(min(1.0, 2 * (least + 1) / (num + 1))))
+    return Estimate(value=value, interval=_bounds(drawn), p=float(min(1.0, 2 * (least + 1) / (num + 1))))
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
@@ -166,11 +181,13 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, i
     return won, lost, float(mcnemar(table, exact=True).pvalue)  # pyrefly: ignore[missing-attribute]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction over a family of tests."""
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction over a family: the tests that have a p; None stays None."""
     from statsmodels.stats.multitest import multipletests
 
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]] if len(p_values) else []
+    known = [p for p in p_values if p is not None]
+    adjusted = iter(multipletests(known, method="holm")[1] if known else ())
+    return [None if p is None else float(next(adjusted)) for p in p_values]
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -196,6 +213,10 @@ def paired_t(first: Sequence[float], second: Sequence[float]) -> float | None:
     if len(gaps) < 2 or np.ptp(gaps) < 1e-9:
         return None
     return float(stats.ttest_rel(second, first).pvalue)
+
+
+def _enough(sets: Sequence[Sequence[np.ndarray]]) -> bool:
+    return all(len(runs[0]) >= MIN_DIALOGUES for runs in sets)
 
 
 def _set_samples(runs: Sequence[np.ndarray], score: Score, num: int, seed: int, part: int) -> np.ndarray:

@@ -177,6 +177,8 @@ def test_only_the_run_that_is_plumbing_is_called_so(chromium, two):
         ]
         row = page.locator("#significance tbody tr").first.inner_text()
         assert row.startswith("real") and "1 / 0" in row
+        # Two dialogues: neither an interval nor a p, and the page says why.
+        assert "- (-)" in row and "fewer than 10" in page.locator("#significance").inner_text()
 
 
 def test_100000_rollouts_are_filtered_below_300_ms(chromium, large):

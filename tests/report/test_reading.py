@@ -140,11 +140,12 @@ def test_weighted_f1_of_confusions_equals_scikit_learn(seed):
 
 
 def test_the_interval_of_a_score_contains_it_and_resamples_dialogues(tmp_path):
-    (row,) = read(write_run(tmp_path, right=(1, 1, 0, 0, 1, 1, 0, 1))).summary["scores"]
+    (row,) = read(write_run(tmp_path, right=(1, 1, 0, 0, 1, 1, 0, 1) * 3)).summary["scores"]
     low, high = row["intervals"]["accuracy"]
     assert low <= row["accuracy"] == 0.625 <= high
-    # Dialogues with accuracies 1, 0, 1, .5: the mean of four draws is 0 with probability 4^-4, never in 95 %.
-    assert low > 0 and high == 1.0
+    # Dialogues with accuracies 1, 0, 1, .5, each three times: their variance is .1719, so that the mean of
+    # twelve has a deviation of .1197; of 24 utterances it would be .0988.
+    assert high - low == pytest.approx(2 * 1.96 * 0.1197, abs=0.03)
     confusion = scores.count(predictions((1, 1, 0, 0)), LABELS).confusion
     (draws,) = scores.resampled([confusion], num=500)
     assert set(scores.accuracy(draws)) == {0.0, 0.5, 1.0}, "utterances of a dialogue come together"
@@ -160,21 +161,24 @@ def test_predictions_that_are_not_those_of_the_scores_get_no_interval(tmp_path):
 
 
 def test_a_comparison_is_paired_and_holm_corrected():
-    first = predictions([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
-    second = predictions([1, 1, 1, 1, 1, 1, 1, 1, 1, 0])
-    found = scores.compare(first, second, LABELS)
-    assert found["num"] == 10 and found["dialogues"] == 5
-    assert (found["won"], found["lost"]) == (6, 1)
+    sides = ([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0])
+    few = scores.compare(*map(predictions, sides), LABELS)
+    assert (few["dialogues"], few["interval"], few["p_bootstrap"]) == (5, None, None)
     # Two-sided exact: 2 (C(7,0) + C(7,1)) / 2^7.
-    assert found["p_mcnemar"] == pytest.approx(2 * 8 / 128)
+    assert few["p_mcnemar"] == pytest.approx(2 * 8 / 128)
+    found = scores.compare(*(predictions(side * 2) for side in sides), LABELS)
+    assert found["num"] == 20 and found["dialogues"] == 10
+    assert (found["won"], found["lost"]) == (12, 2)
+    assert found["p_mcnemar"] == pytest.approx(2 * (1 + 14 + 91) / 2**14, abs=1e-5)
     assert found["difference"] == pytest.approx(found["weighted_f1"][1] - found["weighted_f1"][0], abs=1e-4)
     assert found["interval"][0] <= found["difference"] <= found["interval"][1]
     assert scores.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert scores.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert scores.holm([0.04, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.02)]
 
 
 def test_equal_runs_differ_by_nothing():
-    same = predictions([1, 0, 1, 1])
+    same = predictions([1, 0, 1, 1] * 5)
     found = scores.compare(same, same, LABELS)
     assert found["difference"] == 0.0 and found["p_mcnemar"] == 1.0 and found["p_bootstrap"] == 1.0
     assert scores.compare(same, [], LABELS) is None
@@ -334,9 +338,9 @@ def test_runs_are_compared_on_the_parts_that_their_answers_tell(tmp_path):
         yardsticks["majority"]["parts"] = {"shared": {"weighted_f1": 0.2, "accuracy": 0.1}}
         path.write_text(json.dumps(final))
     found = [read(folder) for folder in folders]
-    # The first run misses the second of two shared inputs: one dialogue, so its interval is a point.
+    # The first run misses the second of two shared inputs: one dialogue, which has no interval.
     shared = next(row for row in found[0].summary["scores"] if row["part"] == "shared")
-    assert shared["intervals"]["accuracy"] == [0.5, 0.5] and found[0].notices == []
+    assert shared["intervals"] == {} and found[0].notices == []
     assert shared["yardsticks"] == {"majority": [0.2, 0.1]}
     rows = comparisons(found)
     assert [(row["part"], row["num"], row["won"]) for row in rows] == [

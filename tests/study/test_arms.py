@@ -183,7 +183,7 @@ def test_baselines_are_arms_against_the_whole_method(tmp_path, monkeypatch, caps
     def train(arm, seed, run_dir, further, *, compiled):
         number = right[arm.name] + seed
         turns = [("joy", "joy")] * number + [("joy", "fear")] * (10 - number)
-        evaluated(run_dir, predictions("meld", {f"d{place}": turns for place in range(5)}))
+        evaluated(run_dir, predictions("meld", {f"d{place}": turns for place in range(10)}))
         return 1.0
 
     monkeypatch.setattr(arms_module, "train", train)

@@ -12,7 +12,7 @@ from tests.study.invented import NOTE, evaluated, predictions
 RIGHT, WRONG, SILENT = ("joy", "joy"), ("joy", "fear"), ("joy", None)
 
 
-def meld(turns, dialogues=8):
+def meld(turns, dialogues=10):
     return predictions("meld", {f"d{place}": turns for place in range(dialogues)})
 
 
@@ -28,20 +28,45 @@ def test_a_clear_difference_is_found_and_every_output_says_what_it_is(tmp_path, 
     )
     found = compared(tmp_path, *runs)
     first, second = found["scores"]
-    assert (first["run"], first["n"], first["dialogues"]) == ("a", 24, 8)
+    assert (first["run"], first["n"], first["dialogues"]) == ("a", 30, 10)
     assert (first["accuracy"], second["accuracy"]) == (
         pytest.approx(100 / 3, abs=1e-3),
         pytest.approx(66.6667),
     )
     (test,) = found["significance"]
-    assert (test["won"], test["lost"]) == (8, 0)
-    assert test["p_mcnemar"] == pytest.approx(2 / 2**8) == test["p_mcnemar_holm"]
+    assert (test["won"], test["lost"]) == (10, 0)
+    assert test["p_mcnemar"] == pytest.approx(2 / 2**10) == test["p_mcnemar_holm"]
     assert test["difference accuracy"] == pytest.approx(100 / 3, abs=1e-3)
     # All dialogues are alike, so that no draw of them differs.
     assert test["difference accuracy ci"] == [pytest.approx(100 / 3, abs=1e-3)] * 2
-    assert NOTE in capsys.readouterr().out and found["note"] == NOTE
+    printed = capsys.readouterr().out
+    assert NOTE in printed and found["note"] == NOTE
+    assert found["remark"] == "" and "fewer than" not in printed
     assert NOTE in (tmp_path / "out" / "compare.md").read_text()
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+
+
+def test_few_dialogues_have_no_interval_and_no_p_and_it_is_said(tmp_path, capsys):
+    """Every draw of one dialogue is the same: an interval of no width, and p = 2 / 5001."""
+    both = [*meld([RIGHT, WRONG]), *predictions("emo", {"d0": [WRONG, WRONG, RIGHT]})]
+    better = [line | {"prediction": line["gold"]} for line in both]
+    found = compared(tmp_path, evaluated(tmp_path / "a", both), evaluated(tmp_path / "b", better))
+    scores = {(row["run"], row["set"]): row for row in found["scores"]}
+    assert scores["a", "emo"]["accuracy"] == pytest.approx(33.3333)
+    assert scores["a", "emo"]["accuracy ci"] is scores["a", "mean of sets"]["weighted_f1 ci"] is None
+    assert scores["a", "meld"]["accuracy ci"] is not None
+    emo, meld_, mean = found["significance"]
+    for row in (emo, mean):
+        assert row["difference w-F1 ci"] is row["difference accuracy ci"] is row["p_bootstrap"] is None
+    # Holm's family of the bootstrap is the one test that has a p; McNemar's are two.
+    assert emo["p_bootstrap_holm"] is None and meld_["p_bootstrap_holm"] == meld_["p_bootstrap"] < 0.05
+    assert meld_["p_mcnemar_holm"] == pytest.approx(2 * meld_["p_mcnemar"])
+    printed = capsys.readouterr().out
+    assert "33.33 [-]" in printed and found["remark"] in printed
+    assert found["remark"].startswith("-: fewer than 10 dialogues")
+    assert found["remark"] in (tmp_path / "out" / "compare.md").read_text()
+    _, significance = studies.tables(tmp_path / "out" / "compare.json", [])[1:]
+    assert significance["rows"][0][significance["columns"].index("p_bootstrap")] is None
 
 
 def test_the_report_reads_the_tables(tmp_path):

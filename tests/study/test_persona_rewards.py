@@ -77,7 +77,7 @@ def test_only_the_last_rl_steps_count_and_an_invalid_answer_is_wrong(run):
 
 def test_rows_by_hand_the_largest_cluster_first():
     earned = [
-        *(Earned(root=f"r{place}", cluster=1, r1=place / 4, right=place == 0) for place in range(4)),
+        *(Earned(root=f"r{n}", cluster=1, r1=n % 4 / 4, right=n % 4 == 0) for n in range(12)),
         *(Earned(root=f"r{place}", cluster=0, r1=1.0, right=True) for place in range(2)),
         Earned(root="r0", cluster=2, r1=0.0, right=False),
         Earned(root="r9", cluster=-1, r1=0.5, right=False),
@@ -92,16 +92,16 @@ def test_rows_by_hand_the_largest_cluster_first():
         "in no cluster",
         "all answers",
     ]
-    assert (rows["loud"]["answers"], rows["loud"]["dialogues"], rows["loud"]["r1"]) == (4, 4, 37.5)
+    assert (rows["loud"]["answers"], rows["loud"]["dialogues"], rows["loud"]["r1"]) == (12, 12, 37.5)
     assert rows["loud"]["accuracy"] == 25.0
     assert not any("R" in row for row in rows.values()), "single answers have no R"
     low, high = rows["loud"]["r1 ci"]
     assert low < 37.5 < high
-    assert rows["calm"]["r1 ci"] == [100.0, 100.0]
+    assert rows["calm"]["r1 ci"] is None, "two dialogues say nothing of others"
     # The paper's average counts each cluster once.
     assert rows["mean of these 2"]["r1"] == pytest.approx((37.5 + 100) / 2)
     assert rows["1 smaller clusters"]["r1 ci"] is None
-    assert rows["all answers"]["answers"] == 8
+    assert rows["all answers"]["answers"] == 16
 
 
 def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, capsys):
@@ -122,6 +122,7 @@ def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, c
     assert main(["personas", str(run), "--clusters", str(folder), "--samples", "100"]) == 0
     printed = capsys.readouterr().out
     assert "plumbing run, not a result" in printed and "was not told the personas" not in printed
+    assert "fewer than 10 dialogues" in printed
     rows = json.loads((run / "study" / "persona_rewards.json").read_text())["clusters"]
     assert sum(row["answers"] for row in rows if row["cluster"] in ("calm", "loud")) == 4
     assert (run / "study" / "persona_rewards.png").stat().st_size > 1000

@@ -9,6 +9,7 @@ from selfemo_jax.config_io import load_config, to_yaml
 from selfemo_jax.study import seeds as seeds_module
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.arm_tests import with_tests
+from selfemo_jax.study.arms import markdown
 from selfemo_jax.study.reading import by_part, read_predictions
 from selfemo_jax.study.same_settings import check_made_by
 from tests.study.invented import NOTE, evaluated, predictions
@@ -16,7 +17,7 @@ from tests.study.invented import NOTE, evaluated, predictions
 RIGHT, WRONG = ("joy", "joy"), ("joy", "fear")
 
 
-def answers(num_right: int, dialogues: int = 5) -> list[dict]:
+def answers(num_right: int, dialogues: int = 10) -> list[dict]:
     """Ten turns in each dialogue, of which the first ones are right."""
     turns = [RIGHT] * num_right + [WRONG] * (10 - num_right)
     return predictions("meld", {f"d{place}": turns for place in range(dialogues)})
@@ -149,7 +150,7 @@ def test_a_failed_training_names_its_log(tmp_path, monkeypatch, capsys):
 
 def test_runs_on_different_inputs_are_refused(tmp_path, capsys):
     evaluated(tmp_path / "seed_0", answers(5))
-    evaluated(tmp_path / "seed_1", answers(5, dialogues=4))
+    evaluated(tmp_path / "seed_1", answers(5, dialogues=9))
     assert main(["seeds", "--out", str(tmp_path), "--n", "2", "--only-aggregate"]) == 2
     assert "different inputs" in capsys.readouterr().err
 
@@ -177,6 +178,24 @@ def test_arms_get_paired_tests_seed_by_seed_and_holm_over_the_arms(tmp_path):
     assert worse["p_t"] == pytest.approx(0.0377, abs=1e-3)
     assert (same["difference ci"], same["p_bootstrap"], same["p_t"]) == ([0.0, 0.0], 1.0, None)
     assert "Holm" in words
+
+
+def test_with_few_dialogues_seeds_and_arms_have_no_bootstrap_and_say_so(tmp_path, capsys):
+    runs = {
+        arm: {seed: evaluated(tmp_path / arm / f"seed_{seed}", answers(right + seed, 9)) for seed in range(2)}
+        for arm, right in (("full", 6), ("worse", 3))
+    }
+    rows = [{"arm": "full", "mean": 65.0}, {"arm": "worse", "mean": 35.0, "difference": -30.0}]
+    (full, worse), words = with_tests(rows, runs, split="test", reference="full")
+    assert (
+        full["mean ci"] is worse["difference ci"] is worse["p_bootstrap"] is worse["p_bootstrap_holm"] is None
+    )
+    assert "fewer than 10 dialogues" in words
+    assert "| -30.00 [-] |" in markdown("title", [worse])
+    assert main(["seeds", "--out", str(tmp_path / "full"), "--n", "2", "--only-aggregate"]) == 0
+    found = json.loads((tmp_path / "full" / "seeds.json").read_text())
+    assert all(row["seeds and dialogues"] is None and row["t over seeds"] for row in found["scores"])
+    assert "fewer than 10 dialogues" in found["remark"] and found["remark"] in capsys.readouterr().out
 
 
 def test_arms_without_predictions_keep_their_rows_and_say_so(tmp_path):

@@ -83,11 +83,12 @@ def test_sets_count_equally_whatever_their_size():
 
 
 def test_a_run_is_drawn_with_all_its_sets():
-    right, wrong = np.array([[[1.0, 1.0]]]), np.array([[[0.0, 1.0]]])
+    right, wrong = np.tile([[[1.0, 1.0]]], (10, 1, 1)), np.tile([[[0.0, 1.0]]], (10, 1, 1))
     runs = [right, wrong, wrong]
     # All three draws take the right run in 1 of 27 samples, more than 2.5 %; two sets whose runs are drawn
     # apart would both do so in 1 of 729.
-    assert estimate([runs], mean_of_sums).high == estimate([runs, runs], mean_of_sums).high == 1.0
+    assert estimate([runs], mean_of_sums).interval == (0.0, 1.0)
+    assert estimate([runs, runs], mean_of_sums).interval == (0.0, 1.0)
     one, other = (draw(5, 3, num=50, part=part) for part in (0, 1))
     assert np.array_equal(one.runs, other.runs) and not np.array_equal(one.dialogues, other.dialogues)
 
@@ -111,7 +112,7 @@ def test_intervals_over_dialogues_hold_the_truth_where_those_over_utterances_do_
     for trial in range(300):
         sums = simulated(rng, dialogues=40, length=12)
         found = estimate([[sums]], mean_of_sums, num=300, seed=trial)
-        held += found.low <= 0.5 <= found.high
+        held += found.interval[0] <= 0.5 <= found.interval[1]
         half = 1.96 * np.sqrt(found.value * (1 - found.value) / sums[..., 1].sum())
         naive += abs(found.value - 0.5) <= half
     assert 0.90 <= held / 300 <= 0.985
@@ -131,9 +132,20 @@ def test_a_paired_bootstrap_finds_no_difference_where_there_is_none_and_finds_on
 
 
 def test_a_paired_difference_of_equal_systems_is_exactly_nothing():
-    counts = dialogue_counts(invented(np.random.default_rng(2)), LABELS)
+    counts = dialogue_counts(invented(np.random.default_rng(2), dialogues=10), LABELS)
+    assert len(counts) == 10
     found = difference([[counts]], [[counts]], weighted_f1, num=200)
-    assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.value, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_fewer_than_ten_dialogues_in_any_set_have_no_interval_and_no_p():
+    sums = simulated(np.random.default_rng(0), 10, 12)
+    assert estimate([[sums]], mean_of_sums, num=100).interval is not None
+    for sets in ([[sums[:9]]], [[sums], [sums[:1]]]):
+        found = estimate(sets, mean_of_sums, num=100)
+        assert found.interval is None and 0 < found.value < 1
+        found = difference(sets, [[np.ones_like(part[0])] for part in sets], mean_of_sums, num=100)
+        assert found.interval is found.p is None and found.value > 0
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 9), (10, 2), (40, 41)])
@@ -152,7 +164,9 @@ def test_mcnemar_refuses_unequal_inputs():
 def test_holm_by_hand():
     # Sorted .01, .02, .04: times 3, 2, 1, and never below the one before.
     assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([]) == []
+    assert holm([]) == [] and holm([None, None]) == [None, None]
+    # A test that has no p is no member of the family.
+    assert holm([0.04, None, 0.01]) == [pytest.approx(0.04), None, pytest.approx(0.02)]
 
 
 def test_seeds_by_hand():

@@ -29,7 +29,7 @@ function scoreSection(report) {
   const parts = [panel("Scores in percent", runs, table(columns, rows, { stack: true })), ...moreScores(runs, rows)];
   if (report.seeds.length) parts.push(seedTable(report));
   return section("scores", "Scores",
-    "Strict: an answer outside the grammar is wrong. Brackets: 95 % intervals of a bootstrap over dialogues.", parts);
+    `Strict: an answer outside the grammar is wrong. Brackets: 95 % intervals of a bootstrap over dialogues; none with fewer than ${report.min_dialogues}, which say too little of others.`, parts);
 }
 
 // Yardsticks, other readings, calibration and samples, each where some row has it.
@@ -94,14 +94,14 @@ function comparisonSection(report) {
       { name: "set", cell: (row) => setName(row) },
       { name: "inputs (dialogues)", numeric: true, cell: (row) => `${short(row.num)} (${short(row.dialogues)})` },
       { name: "weighted F1", numeric: true, cell: (row) => row.weighted_f1.map((value) => percent(value)).join(" to ") },
-      { name: "difference", numeric: true, cell: (row) => h("span", { class: row.interval[0] > 0 ? "better" : row.interval[1] < 0 ? "worse" : "" }, withInterval(row.difference, row.interval)) },
+      { name: "difference", numeric: true, cell: (row) => h("span", { class: row.interval?.[0] > 0 ? "better" : row.interval?.[1] < 0 ? "worse" : "" }, withInterval(row.difference, row.interval)) },
       { name: "p bootstrap (Holm)", numeric: true, cell: (row) => `${short(row.p_bootstrap)} (${short(row.p_bootstrap_holm)})` },
       { name: "right only here / there", numeric: true, cell: (row) => `${short(row.won)} / ${short(row.lost)}` },
       { name: "p McNemar (Holm)", numeric: true, cell: (row) => `${short(row.p_mcnemar)} (${short(row.p_mcnemar_holm)})` },
     ], report.comparisons, { stack: true })));
   }
   return section("significance", "Significance",
-    "Paired, on the inputs that both answered. Difference of weighted F1 with the 95 % interval of a bootstrap over dialogues; McNemar's exact test on accuracy; Holm's correction over the whole sets of this table.",
+    `Paired, on the inputs that both answered. Difference of weighted F1 with the 95 % interval of a bootstrap over dialogues (no interval and no p with fewer than ${report.min_dialogues}, which say too little of others); McNemar's exact test on accuracy; Holm's correction over the whole sets of this table.`,
     parts, tables.map((one) => studyTable(one, report.runs)));
 }
 
