@@ -65,9 +65,10 @@ def test_json_carries_the_note(run, capsys):
 
 def test_the_study_of_learning_carries_the_note_of_its_runs(tmp_path, monkeypatch, capsys):
     r1 = {"roots": ["a", "b"], "before": np.array([0.1, 0.2]), "after": np.array([0.3, 0.2])}
+    both = {"test": r1, "dev": r1}
     monkeypatch.setattr(learning, "_train", lambda run_dir, arguments: write_run(run_dir, note=NOTE))
-    monkeypatch.setattr(learning, "held_out_r1", lambda run_dir, splits: r1)
+    monkeypatch.setattr(learning, "held_out_r1", lambda run_dir, splits: both)
     assert study.main(["learning", "--seeds", "2", "--arms", "base", "--out", str(tmp_path)]) == 0
-    (title,) = [line for line in capsys.readouterr().out.splitlines() if "greedy r1" in line]
-    assert title.endswith(f" - {NOTE}")
+    titles = [line for line in capsys.readouterr().out.splitlines() if "greedy r1" in line]
+    assert len(titles) == 2 and all(title.endswith(f" - {NOTE}") for title in titles)
     assert json.loads((tmp_path / "learning.json").read_text())["note"] == NOTE

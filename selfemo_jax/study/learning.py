@@ -4,7 +4,8 @@ An arm is a run's configuration with a few settings changed: ``base`` as it is, 
 of 0 in every RL phase, ``shuffled`` with the gold labels permuted among the training inputs. Each arm is
 trained with each seed by a process of its own; finished runs are not run again. What is compared are the
 weights that the cold start left and the policy that the run reports (the best of its last phase by dev
-score), on whole held-out splits, input by input.
+score), on whole held-out splits, input by input. The rise is that on test alone. Dev is told apart: the
+policy was selected on it, so that chance looks like a rise there.
 
 The difference has two standard errors: over seeds (the spread of the seeds' mean differences) and over
 dialogues (differences averaged over seeds, inputs of a dialogue taken together). A rise counts when it is
@@ -37,6 +38,9 @@ from selfemo_jax.study.reading import joined_notes, run_note
 from selfemo_jax.study.same_settings import check_made_by
 from selfemo_jax.study.significance import FEW, MIN_DIALOGUES
 
+TEST, DEV = "test", "dev"
+SELECTED = f"{DEV} (selected on)"
+"""The key of dev's numbers in ``learning.json``."""
 ARMS: Mapping[str, tuple[str, ...]] = {
     "base": (),
     "lr0": ("--optim.lr=0",),
@@ -100,11 +104,13 @@ def rise(before: np.ndarray, after: np.ndarray, roots: Sequence[str]) -> Rise:
     )
 
 
-def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, np.ndarray | list[str]]:
-    """Greedy r1 of a finished run's cold start and of its reported policy on whole splits.
+Measured = dict[str, np.ndarray | list[str]]
+"""``{"roots": N names, "before": [N], "after": [N]}``: greedy r1 on the N inputs of a split."""
 
-    Returns ``{"roots": N names, "before": [N], "after": [N]}``; ValueError where the run has no cold start.
-    """
+
+def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, Measured]:
+    """Greedy r1 of a finished run's cold start and of its reported policy on each whole split; ValueError
+    where the run has no cold start."""
     best = find_checkpoint(str(run_dir))
     config, _ = load_config([], prog="selfemo_jax.study", base=lambda _: best.config_file)
     config = best.settings(config)
@@ -112,18 +118,21 @@ def held_out_r1(run_dir: Path, splits: Sequence[str]) -> dict[str, np.ndarray | 
     if cold is None:
         raise ValueError(f"{run_dir}: no cold start to compare with; set cold_start.source")
     parts, data = build_parts(config), with_biographies(config, load_data(config))
-    samples = [sample for split in splits for sample in data.split(split)]
-    inventories = [sample.inventory for sample in samples]
-    gold = gold_to_array([s.gold for s in samples], inventories, num_classes=data.num_classes)
     engine = make_engine(parts)
-    result: dict[str, np.ndarray | list[str]] = {"roots": [sample.root_id for sample in samples]}
+    result: dict[str, Measured] = {
+        split: {"roots": [sample.root_id for sample in data.split(split)]} for split in splits
+    }
     try:
         for version, (name, folder) in enumerate({"before": cold / "weights", "after": best.weights}.items()):
             engine.update_policy(weights_of(parts, folder), version=version)
-            answers = [[p.answer] for p in greedy_answers(engine, samples, parts.codec, config)]
-            pred, valid = answers_to_arrays(answers, inventories, num_classes=data.num_classes)
-            r1 = weighted_iou(jnp.asarray(pred), jnp.asarray(gold), jnp.asarray(valid))
-            result[name] = np.asarray(r1, np.float64)[:, 0]
+            for split in splits:
+                samples = data.split(split)
+                inventories = [sample.inventory for sample in samples]
+                gold = gold_to_array([s.gold for s in samples], inventories, num_classes=data.num_classes)
+                answers = [[p.answer] for p in greedy_answers(engine, samples, parts.codec, config)]
+                pred, valid = answers_to_arrays(answers, inventories, num_classes=data.num_classes)
+                r1 = weighted_iou(jnp.asarray(pred), jnp.asarray(gold), jnp.asarray(valid))
+                result[split][name] = np.asarray(r1, np.float64)[:, 0]
     finally:
         engine.close()
     return result
@@ -146,35 +155,35 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def study(
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    *,
-    train_args: Sequence[str],
-    splits: Sequence[str] = ("dev", "test"),
-) -> dict[str, Rise]:
+def study(arms: Sequence[str], seeds: Sequence[int], folder: Path, *, train_args: Sequence[str]) -> None:
     """Train each arm with each seed (finished ones are kept, interrupted ones resumed), compare, print and
-    write ``learning.json``."""
-    results: dict[str, Rise] = {}
+    write ``learning.json``: the rises on test, and apart from them those on dev, which say nothing of whether
+    one holds."""
+    results: dict[str, dict[str, Rise]] = {TEST: {}, DEV: {}}
     note = ""
     for arm in arms:
         measured = []
         for seed in seeds:
             run_dir = folder / f"{arm}_{seed}"
             _train(run_dir, [*train_args, *ARMS[arm], f"--seed={seed}"])
-            measured.append(held_out_r1(run_dir, splits))
-        before = np.stack([run["before"] for run in measured])
-        after = np.stack([run["after"] for run in measured])
-        results[arm] = rise(before, after, list(measured[0]["roots"]))
+            measured.append(held_out_r1(run_dir, list(results)))
+        sizes = {}
+        for split, found in results.items():
+            before, after = (np.stack([run[split][name] for run in measured]) for name in ("before", "after"))
+            found[arm] = rise(before, after, list(measured[0][split]["roots"]))
+            sizes[split] = before.shape[1]
         note = joined_notes([note, *(run_note(folder / f"{arm}_{seed}") for seed in seeds)])
-        _print(results, splits, num_inputs=before.shape[1], note=note)
-        summary = {
-            name: vars(value) | {"mean": value.mean, "holds": value.holds} for name, value in results.items()
+        title = f"greedy r1 on {TEST} ({sizes[TEST]} inputs)"
+        _print(results[TEST], showing.titled(title, note), decides=True)
+        title = f"greedy r1 on {DEV}, which the reported policy was selected on ({sizes[DEV]} inputs)"
+        _print(results[DEV], showing.titled(title, note), decides=False)
+        on_test = {
+            name: vars(value) | {"mean": value.mean, "holds": value.holds}
+            for name, value in results[TEST].items()
         }
-        content = {"note": note, "splits": list(splits), "arms": summary}
+        on_dev = {name: vars(value) | {"mean": value.mean} for name, value in results[DEV].items()}
+        content = {"note": note, "splits": [TEST], "arms": on_test, SELECTED: on_dev}
         showing.write_json(folder / "learning.json", content)
-    return results
 
 
 def _train(run_dir: Path, arguments: Sequence[str]) -> None:
@@ -190,10 +199,10 @@ def _train(run_dir: Path, arguments: Sequence[str]) -> None:
         raise ValueError(f"{' '.join(command)} ended with {status}; its output is in {log.name}")
 
 
-def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: int, note: str) -> None:
-    title = showing.titled(f"greedy r1 on {' + '.join(splits)} ({num_inputs} inputs)", note)
+def _print(results: Mapping[str, Rise], title: str, *, decides: bool) -> None:
     table = Table()
-    for column in ("arm", "after cold start", "after RL", "difference", "SE seeds", "SE dialogues", "rise"):
+    columns = ["arm", "after cold start", "after RL", "difference", "SE seeds", "SE dialogues"]
+    for column in [*columns, "rise"] if decides else columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, value in results.items():
         table.add_row(
@@ -202,11 +211,11 @@ def _print(results: Mapping[str, Rise], splits: Sequence[str], *, num_inputs: in
             " ".join(f"{number:.3f}" for number in value.after),
             f"{value.mean:+.4f}",
             *("-" if error is None else f"{error:.4f}" for error in (value.se_seeds, value.se_dialogues)),
-            showing.cell("rise", value.holds),
+            *([showing.cell("rise", value.holds)] if decides else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
     # Above the table and not in it, where it would be broken to the table's width.
     console.print(title, markup=False, soft_wrap=True)
     console.print(table)
-    if any(value.holds is None for value in results.values()):
+    if any(value.se_dialogues is None for value in results.values()):
         console.print(FEW, highlight=False)

@@ -9,6 +9,7 @@ import pytest
 from selfemo_jax.study import learning
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.learning import rise
+from tests import micro
 from tests.report.folders import write_run
 
 
@@ -51,7 +52,7 @@ def test_few_dialogues_say_nothing_of_a_rise(seeds):
 def test_one_seed_and_few_dialogues_leave_whole_json_and_a_table_that_says_why(tmp_path, monkeypatch, capsys):
     r1 = {"roots": ["a", "b"], "before": np.array([0.1, 0.2]), "after": np.array([0.3, 0.2])}
     monkeypatch.setattr(learning, "_train", lambda run_dir, arguments: write_run(run_dir))
-    monkeypatch.setattr(learning, "held_out_r1", lambda run_dir, splits: r1)
+    monkeypatch.setattr(learning, "held_out_r1", lambda run_dir, splits: dict.fromkeys(splits, r1))
     assert main(["learning", "--seeds", "1", "--arms", "base", "--out", str(tmp_path)]) == 0
 
     def bare(token):
@@ -61,6 +62,38 @@ def test_one_seed_and_few_dialogues_leave_whole_json_and_a_table_that_says_why(t
     base = found["arms"]["base"]
     assert base["se_seeds"] is base["se_dialogues"] is base["holds"] is None
     assert "fewer than 10 dialogues" in capsys.readouterr().out
+
+
+def test_only_test_says_whether_r1_rose_and_dev_is_said_to_be_selected_on(tmp_path, monkeypatch, capsys):
+    """The reported policy is the best by dev score: by chance alone it is better there."""
+    roots = [str(n) for n in range(10)]
+    before, up = np.full(10, 0.25), np.full(10, 0.75)
+    both = {
+        "test": {"roots": roots, "before": before, "after": before},
+        "dev": {"roots": roots, "before": before, "after": up},
+    }
+    monkeypatch.setattr(learning, "_train", lambda run_dir, arguments: write_run(run_dir))
+    monkeypatch.setattr(learning, "held_out_r1", lambda run_dir, splits: both)
+    assert main(["learning", "--seeds", "2", "--arms", "base", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "learning.json").read_text())
+    assert found["splits"] == ["test"] and found["arms"]["base"]["holds"] is False
+    assert found["arms"]["base"]["mean"] == 0 and found["dev (selected on)"]["base"]["mean"] == 0.5
+    assert "holds" not in found["dev (selected on)"]["base"]
+    printed = capsys.readouterr().out
+    assert "greedy r1 on test (10 inputs)" in printed
+    assert "on dev, which the reported policy was selected on (10 inputs)" in printed
+    assert printed.count("rise") == 1
+
+
+def test_a_finished_run_is_measured_on_each_split_apart():
+    run = micro.base_run()
+    found = learning.held_out_r1(run, ["test", "dev"])
+    sizes = {split: len(values["roots"]) for split, values in found.items()}
+    assert list(sizes) == ["test", "dev"] and all(sizes.values())
+    for split, values in found.items():
+        assert all(f"/{split}/" in root for root in values["roots"])
+        assert values["before"].shape == values["after"].shape == (sizes[split],)
+        assert values["before"].min() >= 0 and values["after"].max() <= 1
 
 
 def test_no_change_is_no_rise():
