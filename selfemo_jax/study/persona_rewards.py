@@ -10,11 +10,14 @@ of N answers, otherwise one greedy answer to each input. For those the clusters 
 split (`study clusters --splits test`). r1 is the weighted IoU of an answer; R, the whole reward with the
 consensus, is of groups alone: both are named, each in its own column, and systems whose answers were drawn in
 different ways are said to be so. Answers of a dialogue are not independent: the intervals draw dialogues, and
-there are none with fewer than ten.
-Answers whose responder has no persona, or one of no cluster, are counted apart.
+there are none with fewer than ten. The clusters of the table are chosen once for all systems, so that their
+averages are over the same ones: those with the most personas in the clustering, as the paper counts them,
+among those that every system answered for (systems without any clustered answer aside). Answers whose
+responder has no persona, or one of no cluster, are counted apart.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,6 @@ from selfemo_jax.study.earned import (
 from selfemo_jax.study.reading import joined_notes, short_names
 from selfemo_jax.study.significance import FEW, NUM_SAMPLES, estimate, mean_of_sums, sums_by_dialogue
 
-SCORES = ("r1", "accuracy", "R")
 OTHER = {NOISE: "in no cluster", UNKNOWN: "responder without a clustered persona"}
 
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", choices=KINDS, help=words)
     parser.add_argument("--split", default="test", help="split of evaluations")
     parser.add_argument("--last", type=int, default=20, help="RL steps at the end of a run that count")
-    parser.add_argument("--most", type=int, default=5, help="clusters of the table, the most frequent first")
+    parser.add_argument("--most", type=int, default=5, help="clusters of the table, by number of personas")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="bootstrap samples")
     parser.add_argument("--out", type=Path, help="folder; default: study/ in the first system")
 
@@ -63,12 +65,15 @@ def main(args: argparse.Namespace) -> int:
         read_system(source, clusters, name=name, kind=args.answers, split=args.split, last=args.last)
         for source, name in zip(args.runs, short_names(args.runs), strict=True)
     ]
+    chosen = chosen_clusters(systems, clusters, most=args.most)
     rows = [
         {"run": system.name} | row
         for system in systems
-        for row in cluster_rows(system.earned, clusters, most=args.most, num=args.samples)
+        for row in cluster_rows(system.earned, clusters, chosen, num=args.samples)
     ]
-    told = remarks(systems)
+    names = ", ".join(clusters.names.get(c, str(c)) for c in chosen) or "none"
+    told = [f"clusters with the most personas among those that every system answered for: {names}"]
+    told += remarks(systems)
     if any(row.get("r1 ci", ()) is None for row in rows):
         told.append(FEW)
     note = joined_notes([system.note for system in systems])
@@ -118,22 +123,33 @@ def remarks(systems: Sequence[System]) -> list[str]:
     return told
 
 
+def chosen_clusters(systems: Sequence[System], clusters: Clusters, *, most: int) -> list[int]:
+    """The clusters of the table: at most ``most`` of those that every system answered for, systems without
+    any clustered answer aside, by number of personas in the clustering."""
+    answered = [{one.cluster for one in system.earned if one.cluster >= 0} for system in systems]
+    known = [found for found in answered if found]
+    common = set.intersection(*known) if known else set()
+    personas = Counter(clusters.of_persona.values())
+    return sorted(common, key=lambda c: (-personas[c], c))[:most]
+
+
 def cluster_rows(
-    earned: Sequence[Earned], clusters: Clusters, *, most: int, num: int
+    earned: Sequence[Earned], clusters: Clusters, chosen: Sequence[int], *, num: int
 ) -> list[dict[str, Any]]:
-    """One row for each of the most frequent clusters, for the rest, for noise, and for all clusters
-    together (each counting once, as the paper's average, and by answers)."""
+    """One row for each of the chosen clusters, for their mean (each counting once, as the paper's average),
+    for the other clusters, for noise, and for all answers together."""
     by_cluster: dict[int, list[Earned]] = {}
     for one in earned:
         by_cluster.setdefault(one.cluster, []).append(one)
-    real = sorted((c for c in by_cluster if c >= 0), key=lambda c: (-len(by_cluster[c]), c))
-    rows = [_row(clusters.names.get(c, str(c)), by_cluster[c], num=num) for c in real[:most]]
+    mine = [c for c in chosen if c in by_cluster]
+    rows = [_row(clusters.names.get(c, str(c)), by_cluster[c], num=num) for c in mine]
     if rows:
-        shown = {"cluster": f"mean of these {len(rows)}", "answers": sum(row["answers"] for row in rows)}
-        scores = [key for key in SCORES if key in rows[0]]
-        rows.append(shown | {key: sum(row[key] for row in rows) / len(rows) for key in scores})
-    if rest := [one for c in real[most:] for one in by_cluster[c]]:
-        rows.append(_row(f"{len(real) - most} smaller clusters", rest, num=num))
+        rows.append(_mean_row([by_cluster[c] for c in mine], rows, num=num))
+    others = [c for c in sorted(by_cluster) if c >= 0 and c not in mine]
+    if others:
+        rows.append(
+            _row(f"{len(others)} other clusters", [one for c in others for one in by_cluster[c]], num=num)
+        )
     rows += [_row(OTHER[c], by_cluster[c], num=num) for c in (NOISE, UNKNOWN) if c in by_cluster]
     return [*rows, _row("all answers", earned, num=num)]
 
@@ -141,18 +157,37 @@ def cluster_rows(
 def _row(name: str, earned: Sequence[Earned], *, num: int) -> dict[str, Any]:
     ids = [f"{one.root}/0" for one in earned]
     row: dict[str, Any] = {"cluster": name, "answers": len(earned), "dialogues": len(set(ids))}
-    averaged: dict[str, list[float]] = {
-        "r1": [one.r1 for one in earned],
-        "accuracy": [one.right for one in earned],
-        "R": [one.total for one in earned if one.total is not None],
-    }
-    for key, values in averaged.items():
-        if not values:
-            continue
+    for key, values in _averaged(earned).items():
         found = estimate([[sums_by_dialogue(values, ids)]], mean_of_sums, num=num)
         row[key] = percent(found.value)
         row[f"{key} ci"] = percent_bounds(found)
     return row
+
+
+def _mean_row(
+    groups: Sequence[Sequence[Earned]], rows: Sequence[Mapping[str, Any]], *, num: int
+) -> dict[str, Any]:
+    """The mean over clusters, whose dialogues are drawn together; an interval where each cluster has one."""
+    earned = [one for group in groups for one in group]
+    places = [place for place, group in enumerate(groups) for _ in group]
+    ids = [f"{one.root}/0" for one in earned]
+    row: dict[str, Any] = {"cluster": f"mean of these {len(groups)}", "answers": len(earned)}
+    row["dialogues"] = len(set(ids))
+    for key, values in _averaged(earned).items():
+        found = estimate([[sums_by_dialogue(values, ids, places)]], mean_of_sums, num=num)
+        row[key] = percent(found.value)
+        row[f"{key} ci"] = percent_bounds(found) if all(one[f"{key} ci"] for one in rows) else None
+    return row
+
+
+def _averaged(earned: Sequence[Earned]) -> dict[str, list[float]]:
+    """The values behind each column; R only where every answer has one."""
+    found: dict[str, list[float]] = {
+        "r1": [one.r1 for one in earned],
+        "accuracy": [float(one.right) for one in earned],
+    }
+    totals = [one.total for one in earned if one.total is not None]
+    return found | ({"R": totals} if len(totals) == len(earned) else {})
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:

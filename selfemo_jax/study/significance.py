@@ -82,18 +82,24 @@ def dialogue_counts(predictions: Sequence[Mapping[str, Any]], labels: Sequence[s
     return count(predictions, labels).confusion
 
 
-def sums_by_dialogue(values: Sequence[float], ids: Sequence[str]) -> np.ndarray:
-    """Sum and number of values of each dialogue ``[D, 1, 2]``, for `mean_of_sums`; ``ids`` are those of the
-    inputs."""
-    _, place = np.unique([dialogue_of({"id": name}) for name in ids], return_inverse=True)
-    pairs = [np.bincount(place, np.asarray(values, float)), np.bincount(place)]
-    return np.stack(pairs, axis=-1)[:, None, :]
+def sums_by_dialogue(
+    values: Sequence[float], ids: Sequence[str], groups: Sequence[int] | None = None
+) -> np.ndarray:
+    """Sum and number of values of each dialogue and group ``[D, X, 2]``, for `mean_of_sums`; ``ids`` are
+    those of the inputs, ``groups`` the place of each value's group (default: all in one)."""
+    names, place = np.unique([dialogue_of({"id": name}) for name in ids], return_inverse=True)
+    group = np.zeros(len(ids), int) if groups is None else np.asarray(groups)
+    sums = np.zeros((len(names), group.max() + 1, 2))
+    np.add.at(sums, (place, group), np.stack([np.asarray(values, float), np.ones(len(ids))], axis=-1))
+    return sums
 
 
 def mean_of_sums(sums: np.ndarray) -> np.ndarray:
-    """Mean value, ``[..., 1, 2]`` (sum, number) -> ``[...]``; NaN where a sample drew nothing."""
-    total, number = sums[..., 0, 0], sums[..., 0, 1]
-    return np.divide(total, number, out=np.full_like(total, np.nan, float), where=number > 0)
+    """Mean value of each group, averaged over the groups, ``[..., X, 2]`` (sum, number) -> ``[...]``; NaN
+    where a sample drew nothing of a group."""
+    total, number = sums[..., 0], sums[..., 1]
+    means = np.divide(total, number, out=np.full_like(total, np.nan, float), where=number > 0)
+    return means.mean(-1)
 
 
 def draw(

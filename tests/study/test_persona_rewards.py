@@ -17,7 +17,7 @@ from selfemo_jax.study import persona_rewards
 from selfemo_jax.study.__main__ import main
 from selfemo_jax.study.clusters import personas_of_run
 from selfemo_jax.study.earned import Clusters, Earned, read_clusters, read_system
-from selfemo_jax.study.persona_rewards import cluster_rows
+from selfemo_jax.study.persona_rewards import chosen_clusters, cluster_rows
 from tests.fabricated import settings, text
 
 CLUSTERS = Clusters(
@@ -75,7 +75,7 @@ def test_only_the_last_rl_steps_count_and_an_invalid_answer_is_wrong(run):
     assert [one.total for one in found] == pytest.approx([0.85, 0.35, 0.1, 0.6])
 
 
-def test_rows_by_hand_the_largest_cluster_first():
+def test_rows_by_hand():
     earned = [
         *(Earned(root=f"r{n}", cluster=1, r1=n % 4 / 4, right=n % 4 == 0) for n in range(12)),
         *(Earned(root=f"r{place}", cluster=0, r1=1.0, right=True) for place in range(2)),
@@ -83,12 +83,12 @@ def test_rows_by_hand_the_largest_cluster_first():
         Earned(root="r9", cluster=-1, r1=0.5, right=False),
     ]
     clusters = Clusters(of_persona={}, names={0: "calm", 1: "loud", 2: "rare"})
-    rows = {row["cluster"]: row for row in cluster_rows(earned, clusters, most=2, num=200)}
+    rows = {row["cluster"]: row for row in cluster_rows(earned, clusters, [1, 0], num=200)}
     assert list(rows) == [
         "loud",
         "calm",
         "mean of these 2",
-        "1 smaller clusters",
+        "1 other clusters",
         "in no cluster",
         "all answers",
     ]
@@ -100,8 +100,62 @@ def test_rows_by_hand_the_largest_cluster_first():
     assert rows["calm"]["r1 ci"] is None, "two dialogues say nothing of others"
     # The paper's average counts each cluster once.
     assert rows["mean of these 2"]["r1"] == pytest.approx((37.5 + 100) / 2)
-    assert rows["1 smaller clusters"]["r1 ci"] is None
+    assert rows["mean of these 2"]["r1 ci"] is None, "one of its clusters has none"
+    assert rows["1 other clusters"]["r1 ci"] is None
     assert rows["all answers"]["answers"] == 16
+
+
+def test_the_mean_of_clusters_has_an_interval_over_the_dialogues_of_all():
+    """Clusters of one dialogue rise and fall together: here what one gains the other loses."""
+    earned = [
+        Earned(root=f"r{n}", cluster=c, r1=float(n % 2 == c), right=True) for n in range(10) for c in (0, 1)
+    ]
+    clusters = Clusters(of_persona={}, names={0: "calm", 1: "loud"})
+    calm, loud, mean, _ = cluster_rows(earned, clusters, [0, 1], num=500)
+    assert (mean["cluster"], mean["answers"], mean["dialogues"]) == ("mean of these 2", 20, 10)
+    # Ten draws of a fair coin: between 2 and 8 in 98 %.
+    assert calm["r1 ci"] == loud["r1 ci"] == [20.0, 80.0]
+    assert (mean["r1"], mean["r1 ci"]) == (50.0, [50.0, 50.0])
+
+
+def test_clusters_are_chosen_once_for_all_systems_by_their_personas():
+    personas = {0: 2, 1: 3, 2: 5, 3: 4}
+    clusters = Clusters(
+        of_persona={(f"r{n}", str(c)): c for c, number in personas.items() for n in range(number)},
+        names={c: str(c) for c in personas},
+    )
+
+    def system(name, answers):
+        earned = [
+            Earned(root="r", cluster=c, r1=0.5, right=True)
+            for c, number in answers.items()
+            for _ in range(number)
+        ]
+        return reading.System(
+            name=name,
+            kind="greedy",
+            split="test",
+            answers="",
+            reward="",
+            told=True,
+            note="",
+            earned=tuple(earned),
+        )
+
+    # By answers the first would take clusters 0 and 1, the second 3 and 0.
+    systems = [system("a", {0: 9, 1: 8, 2: 1, 3: 7}), system("b", {0: 5, 1: 1, 3: 9, -1: 2})]
+    assert chosen_clusters(systems, clusters, most=2) == [3, 1]
+    assert chosen_clusters(systems, clusters, most=9) == [3, 1, 0]
+    assert chosen_clusters([*systems, system("c", {-2: 4})], clusters, most=2) == [3, 1]
+    assert chosen_clusters([system("c", {-2: 4})], clusters, most=2) == []
+    rows = cluster_rows(systems[0].earned, clusters, [3, 1], num=100)
+    assert [row["cluster"] for row in rows] == [
+        "3",
+        "1",
+        "mean of these 2",
+        "2 other clusters",
+        "all answers",
+    ]
 
 
 def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, capsys):
@@ -123,6 +177,7 @@ def test_the_command_names_what_is_missing_and_writes_the_table(run, tmp_path, c
     printed = capsys.readouterr().out
     assert "plumbing run, not a result" in printed and "was not told the personas" not in printed
     assert "fewer than 10 dialogues" in printed
+    assert "among those that every system answered for: calm, loud" in printed
     rows = json.loads((run / "study" / "persona_rewards.json").read_text())["clusters"]
     assert sum(row["answers"] for row in rows if row["cluster"] in ("calm", "loud")) == 4
     assert (run / "study" / "persona_rewards.png").stat().st_size > 1000

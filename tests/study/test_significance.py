@@ -97,6 +97,10 @@ def test_sums_by_dialogue_by_hand():
     sums = sums_by_dialogue([1.0, 0.5, 0.0], ["s/t/b/0", "s/t/a/0", "s/t/b/1"])
     assert sums.tolist() == [[[0.5, 1.0]], [[1.0, 2.0]]]
     assert mean_of_sums(sums.sum(0)) == pytest.approx(0.5)
+    sums = sums_by_dialogue([1.0, 0.5, 0.0], ["s/t/b/0", "s/t/a/0", "s/t/b/1"], [1, 0, 0])
+    assert sums.tolist() == [[[0.5, 1.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]]]
+    # The groups' means are .25 and 1; without dialogue b there is nothing of the second.
+    assert mean_of_sums(sums.sum(0)) == pytest.approx(0.625) and np.isnan(mean_of_sums(sums[0]))
 
 
 def simulated(rng: np.random.Generator, dialogues: int, length: int) -> np.ndarray:
