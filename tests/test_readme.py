@@ -12,7 +12,7 @@ import pytest
 from selfemo_jax import browse, evaluate, predict, report, train
 from selfemo_jax.selfplay import __main__ as selfplay
 from selfemo_jax.study import __main__ as study
-from selfemo_jax.study.arms import find_arms
+from selfemo_jax.study.arms import find_arms, folder_of
 from tests import micro
 from tools import bench_throughput, convert_hf, plan, vllm_sidecar
 
@@ -89,6 +89,24 @@ def test_the_studies_shown_are_there():
         args = study.make_parser().parse_args(shlex.split(line)[1:])
         if args.study == "arms":
             assert len(find_arms(README.parent / args.config_dir)) == 4
+
+
+def test_the_report_shown_reads_what_commands_shown_make():
+    (words,) = (line for line in of_program("selfemo_jax.study") if " seeds " in line)
+    made = study.make_parser().parse_args(shlex.split(words)[1:])
+    known = {Path("runs/tiny"), made.out / "seeds.json", *(made.out / f"seed_{n}" for n in range(made.n))}
+    for line in of_program("selfemo_jax.report"):
+        read = line.partition("--out")[0].split()[1:]
+        assert {Path(word) for word in read if not word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("part", ["rewards", "controls"])
+def test_folders_of_arms_below_are_compared_with_the_same_reference(part):
+    folder = README.parent / "configs" / "ablations" / "tiny"
+    assert f"--config-dir configs/ablations/tiny/{part}" in README.read_text(encoding="utf-8")
+    full, *others = find_arms(folder / part)
+    assert full.path.resolve() == folder / "full.yaml" and others
+    assert folder_of(full.path, None) == Path("runs/ablations/tiny")
 
 
 def test_evaluate_as_shown(tmp_path):
