@@ -119,9 +119,12 @@ def main(args: argparse.Namespace) -> int:
         for what in (args.split, f"parts of {args.split}")
     ]
     content = {"note": note, "title": titles[0], "reference": str(reference), "remark": remark}
-    atomic_write(folder / "arms.json", json.dumps({**content, "arms": rows, "parts": parts}, indent=1) + "\n")
+    # A folder of arms below that of the reference has a table of its own beside its runs.
+    place = folder / args.config_dir.resolve().relative_to(reference.resolve().parent)
+    place.mkdir(parents=True, exist_ok=True)
+    atomic_write(place / "arms.json", json.dumps({**content, "arms": rows, "parts": parts}, indent=1) + "\n")
     tables = list(zip(titles, (rows, parts) if parts else (rows,), strict=False))
-    atomic_write(folder / "arms.md", "\n".join(markdown(title, found) for title, found in tables))
+    atomic_write(place / "arms.md", "\n".join(markdown(title, found) for title, found in tables))
     for title, found in tables:
         console.print(rich_table(title, found))
     console.print(f"reference: {reference}; {remark}", highlight=False, markup=False)

@@ -141,6 +141,9 @@ def test_a_folder_below_uses_the_runs_of_the_reference_above(tmp_path, monkeypat
     assert study.main([*above, *out, "--only", "full"]) == 0
     assert study.main([*below, *out]) == 0
     assert trained == [("full", 0), ("rewards/mass", 0)]
+    made = tmp_path / "runs" / "configs"
+    tables = [json.loads((made / name / "arms.json").read_text())["arms"] for name in ("", "rewards")]
+    assert [[row["arm"] for row in rows] for rows in tables] == [["full"], ["full", "rewards/mass"]]
 
 
 def test_a_training_that_fails_stops_the_study_and_names_its_log(tmp_path, monkeypatch, capsys):
