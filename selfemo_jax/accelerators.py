@@ -46,10 +46,10 @@ def memory_share(environ: Mapping[str, str] = os.environ, *, taken: float = 0.0)
 def memory_settings(environ: Mapping[str, str] = os.environ, *, taken: float = 0.0) -> dict[str, str]:
     """What to add to them so that JAX takes that share; nothing where the user has chosen one. ValueError
     where trainer and server do not fit."""
-    chosen = any(environ.get(name) for name in MEMORY_VARIABLES)
+    chosen = next((name for name in MEMORY_VARIABLES if environ.get(name)), None)
     share = memory_share(environ, taken=taken)
     if taken and (share + taken > 1 or share < LEAST_BESIDE):
-        what = f"{MEMORY_VARIABLES[0]} gives JAX {share:g}" if chosen else f"that leaves JAX {share:.2g}"
+        what = f"{chosen} gives JAX {share:g}" if chosen else f"that leaves JAX {share:.2g}"
         raise ValueError(
             f"rollout.sidecar.memory_share is {taken:g} of each GPU, on GPUs that the trainer uses too, and "
             f"{what}; expected at most 1 together and at least {LEAST_BESIDE} for JAX: lower memory_share to "

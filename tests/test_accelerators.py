@@ -56,7 +56,7 @@ def test_a_run_takes_its_share_of_a_gpu_before_jax_sees_it(platform, taken, give
     ("given", "taken", "told"),
     [
         ({}, 0.85, "memory_share is 0.85 of each GPU.*that leaves JAX 0.07; .*lower memory_share"),
-        ({NAMES[1]: ".75"}, 0.35, "gives JAX 0.75; expected at most 1 together"),
+        ({NAMES[1]: ".75"}, 0.35, "XLA_PYTHON_CLIENT_MEM_FRACTION gives JAX 0.75; expected at most 1 "),
         ({NAMES[0]: ".1"}, 0.35, "gives JAX 0.1; .* at least 0.2 for JAX"),
     ],
 )

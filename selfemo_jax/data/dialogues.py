@@ -209,7 +209,8 @@ def load_corpus(name: str, root: Path | None = None, **options: Any) -> Corpus:
         folder = Path(root) / name
         if not folder.exists():
             raise FileNotFoundError(
-                f"{folder} does not exist; expected the {name} files in it (see the data notes)."
+                f"{folder} does not exist; expected the {name} files in it. `python tools/data.py fetch "
+                f"--root {root}` gets what is public, and with --list says where the rest comes from."
             )
         corpus = readers[name](folder, **options)
     elif name == "sample" or name.startswith("sample/"):
