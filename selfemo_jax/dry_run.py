@@ -1,6 +1,7 @@
 """What a run would do, without doing it: phases, sizes, where each weight lies, what will be on disk."""
 
 import math
+from collections.abc import Mapping, Sized
 
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +47,17 @@ def describe(config: Config) -> None:
     console.print(table)
 
 
+def _cold_items(phase: plans.Phase, config: Config, parts: Parts, data: RunData) -> Mapping[str, Sized]:
+    """What the cold start's batches count, by source: examples or dialogues. What an expert will write is not
+    known before: at most an answer for each input."""
+    if config.cold_start.lines == "all":
+        return training_dialogues(data, config)
+    if config.cold_start.source in ("expert", "mixed"):
+        return cold_inputs(config, data)
+    found = phase_examples(phase, data, (), parts.codec, config)
+    return example_dialogues(found) if config.cold_start.rows == "dialogues" else found
+
+
 def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -> Table:
     table = Table(title="phases", title_justify="left")
     for column in ("phase", "kind", "starts from", "inputs", "steps", "rollouts on disk, MiB at most"):
@@ -54,15 +66,7 @@ def _phase_table(config: Config, parts: Parts, data: RunData, num_inputs: int) -
     for phase in plans.plan(config):
         disk, prompts = "-", config.rl.prompts_per_step
         if phase.kind == "sft" and phase.buffer == (plans.ORIGINAL,):
-            asked = config.cold_start.source in ("expert", "mixed")
-            # What an expert will write is not known before: at most an answer for each input.
-            inputs = cold_inputs(config, data) if asked else {}
-            found = inputs or phase_examples(phase, data, (), parts.codec, config)
-            by_dialogue = config.cold_start.rows == "dialogues" and not asked
-            items = example_dialogues(found) if by_dialogue else found
-            if config.cold_start.lines == "all":
-                items = training_dialogues(data, config)
-            num = sum(map(len, items.values()))
+            num = sum(map(len, _cold_items(phase, config, parts, data).values()))
             steps = math.ceil(config.cold_start.epochs * num / config.cold_start.batch_size)
         elif phase.kind == "labels":
             labels = config.cold_start.labels
