@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["AppendLog", "atomic_write"]
+__all__ = ["AppendLog", "atomic_write", "read_json"]
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -25,6 +25,16 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError naming the file where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not JSON: {error}; the file is damaged, put back a copy or make it anew"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,7 +5,6 @@ what must not be done with them. All is read from the run that the weights lie i
 corpus and no path.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.appendlog import atomic_write, read_json
 from selfemo_jax.data.manifest import SOURCES
 
 MODEL_CARD, DATA_CARD = "README.md", "DATA_CARD.md"
@@ -244,4 +243,4 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

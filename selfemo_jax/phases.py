@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.appendlog import atomic_write, read_json
 from selfemo_jax.config import Config
 from selfemo_jax.distributed import barrier, is_first
 
@@ -150,7 +150,7 @@ def finish(run_dir: Path, phase: Phase, record: dict[str, Any]) -> None:
 
 def record_of(run_dir: Path, phase: Phase) -> dict[str, Any]:
     """The record of a finished phase."""
-    return json.loads((phase_dir(run_dir, phase) / "phase.json").read_text())
+    return read_json(phase_dir(run_dir, phase) / "phase.json")
 
 
 def last_steps(run_dir: Path, phases: tuple[Phase, ...], name: str, *, most: int) -> range:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.appendlog import atomic_write, read_json
 from selfemo_jax.config import Config
 from selfemo_jax.data.biographies import Biographies, expert_messages, kept_words, lines_to_read
 from selfemo_jax.experts.ask import Question
@@ -52,7 +52,7 @@ def with_biographies(config: Config, data: RunData) -> RunData:
             f"output.biography is expert and {path} does not exist: the biographies lie in the folder of the "
             "run that asked for them; give it as --run_dir, or set output.biography to train_lines or none"
         )
-    return _told(data, json.loads(path.read_text(encoding="utf-8")))
+    return _told(data, read_json(path))
 
 
 def _told(data: RunData, content: Mapping) -> RunData:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.appendlog import atomic_write, read_json
 from selfemo_jax.config import Config
 from selfemo_jax.data.biographies import Biographies
 from selfemo_jax.data.codec import TextCodec
@@ -155,7 +155,7 @@ def _ask(config: Config, parts: Parts, data: RunData, folder: Path, say: Say) ->
         )
         stack.enter_context(panel)
         if record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = read_json(record)
             panel.cache.check_prefix(before["length"], before["sha256"])
         try:
             if _uses_personas(config):

@@ -1,6 +1,5 @@
 """Weights of a run: what its phases left, and what it saves."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selfemo_jax import phases as plans
+from selfemo_jax.appendlog import read_json
 from selfemo_jax.cards import write_cards
 from selfemo_jax.checkpoint import save_weights
 from selfemo_jax.distributed import is_first
@@ -59,7 +59,7 @@ def best_kept(recorded: Mapping[str, Any] | None, folder: Path) -> dict[str, Any
     certificate = folder / CERTIFICATE_NAME
     if recorded is None or not certificate.exists():
         return None
-    source = json.loads(certificate.read_text(encoding="utf-8"))["source"]
+    source = read_json(certificate)["source"]
     return dict(recorded) if source["global_step"] == recorded["global_step"] else None
 
 

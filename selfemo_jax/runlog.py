@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from selfemo_jax.appendlog import AppendLog, atomic_write
+from selfemo_jax.appendlog import AppendLog, atomic_write, read_json
 from selfemo_jax.config import Config
 from selfemo_jax.config_io import to_yaml
 from selfemo_jax.sinks import Sink, open_sink
@@ -149,7 +149,7 @@ class RunLog:
     def _write_environment(self, found: dict[str, Any], resume: bool) -> None:
         path = self.run_dir / "env.json"
         if resume and path.exists():
-            first = json.loads(path.read_text(encoding="utf-8"))
+            first = read_json(path)
             first.setdefault("resumed", []).append(found)
             found = first
         atomic_write(path, json.dumps(found, indent=1) + "\n")

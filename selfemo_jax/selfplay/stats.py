@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from selfemo_jax.appendlog import read_json
 from selfemo_jax.data.inputs import Sample
 from selfemo_jax.run_note import run_note
 from selfemo_jax.selfplay.hygiene import repeats
@@ -101,7 +102,7 @@ def load_harvests(run: Path) -> dict[str, dict[str, Any]]:
             f"{run}: no phases/*/harvest.json; expected a run's folder whose first harvest has ended "
             "(flywheel.iterations 1 or more)"
         )
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in reports}
+    return {path.parent.name: read_json(path) for path in reports}
 
 
 def iteration_of(name: str) -> int:

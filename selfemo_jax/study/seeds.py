@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfemo_jax.appendlog import atomic_write
+from selfemo_jax.appendlog import atomic_write, read_json
 from selfemo_jax.study import showing
 from selfemo_jax.study.compare import ALL_SETS, percent, percent_bounds
 from selfemo_jax.study.reading import Predictions, by_part, joined_notes, read_predictions
@@ -108,9 +108,10 @@ def same_flags(out: Path, further: Sequence[str]) -> None:
     path = out / FLAGS_FILE
     if not path.exists() or not any(out.glob("seed_*/config.yaml")):
         return
-    before, flags = json.loads(path.read_text(encoding="utf-8")), flags_of(further)
+    before, flags = read_json(path), flags_of(further)
     if before != flags:
-        what = "another config" if before["flags"] == flags["flags"] else f"flags {before['flags']}"
+        given = before.get("flags") if isinstance(before, dict) else before
+        what = "another config" if given == flags["flags"] else f"flags {given}"
         raise ValueError(
             f"{out}: its runs were made with {what}; runs of different settings are no seeds of one "
             "another. Name another --out"

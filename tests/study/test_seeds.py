@@ -87,6 +87,21 @@ def test_other_flags_are_no_seeds_of_the_same_runs(tmp_path, trained, capsys):
     assert "another config" in capsys.readouterr().err
 
 
+def test_a_damaged_record_of_the_flags_is_told_and_nothing_is_trained(tmp_path, trained, capsys):
+    words = ["seeds", "--out", str(tmp_path), "--n", "1", "--samples", "100", "--rl.steps=3"]
+    assert main(words) == 0
+    for content, message in [
+        (b"{", "flags.json: not JSON"),
+        (b"\xff", "flags.json: not JSON"),
+        (b"[]", "with flags []"),
+        (b"{}", "with flags None"),
+    ]:
+        (tmp_path / "flags.json").write_bytes(content)
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert len(trained) == 1
+
+
 def test_a_mistake_before_the_first_run_is_told_at_once_and_ties_the_folder_to_nothing(
     tmp_path, trained, monkeypatch, capsys
 ):
