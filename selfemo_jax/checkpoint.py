@@ -2,7 +2,8 @@
 
 `StateStore` keeps the newest training states with Orbax: parameters and optimizer as sharded arrays,
 everything else (position, iterator, lengths and digests of the logs, best score) as one JSON beside them.
-Orbax commits a state by a rename, so a state is whole or not there. `save_weights` writes a converted folder
+Orbax commits a state by a rename, so the newest is whole or not there; the oldest it removes file by file, so
+that a kill may leave half of it until the next one is removed. `save_weights` writes a converted folder
 that `evaluate`, `predict`, a later phase and `tools/convert_hf.py` read.
 """
 

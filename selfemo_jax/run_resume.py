@@ -64,6 +64,9 @@ def newest_point(
         meta = store.meta(step)
         if meta["position"]["phase"] == first:
             return meta, (step, meta)
+        # Phases rise with the steps: no older state is of use, and of the oldest a kill may have left half.
+        if meta["position"]["phase"] < first:
+            break
     return (plans.record_of(run_dir, plan[first - 1]) if first > 0 else None), None
 
 

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selfemo_jax import phases as plans
 from selfemo_jax.checkpoint import StateStore
-from selfemo_jax.config import Loss, Optim
+from selfemo_jax.config import Config, Loss, Optim
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.decoder import Compute
 from selfemo_jax.model.sharding import make_mesh
+from selfemo_jax.run_resume import newest_point
 from selfemo_jax.train_step import TrainState, born_sharded, make_steps
 from tests import micro
 
@@ -124,6 +126,26 @@ def test_a_state_of_eight_devices_is_read_on_fewer(tmp_path):
         for leaf, other, wanted in zip(*map(jax.tree.leaves, (restored, expected, like)), strict=True):
             assert np.asarray(leaf).tobytes() == other.tobytes()
             assert leaf.sharding == wanted.sharding
+    store.close()
+
+
+def test_an_old_state_that_a_kill_left_half_removed_does_not_stop_the_next_phase(tmp_path):
+    plan = plans.plan(Config())
+    store = StateStore(tmp_path / "states", keep=3, asynchronous=False)
+    for step in (8, 9, 10):
+        store.save(step, None, {"position": {"phase": 0, "global_step": step}})
+    shutil.rmtree(tmp_path / "states" / "8" / "meta")
+    assert store.steps() == [8, 9, 10]
+    point, (step, _) = newest_point(tmp_path, plan, store)
+    assert (step, point["position"]["global_step"]) == (10, 10)
+    done = plans.begin(tmp_path, plan[0])
+    (done / "phase.json").write_text('{"position": {"phase": 1, "global_step": 10}}')
+    (done / plans.DONE).touch()
+    assert newest_point(tmp_path, plan, store) == ({"position": {"phase": 1, "global_step": 10}}, None)
+    # The newest of all is whole, so one that is not was damaged, and that is told.
+    shutil.rmtree(tmp_path / "states" / "10" / "meta")
+    with pytest.raises(ValueError, match="states/10: the state cannot be read"):
+        newest_point(tmp_path, plan, store)
     store.close()
 
 
