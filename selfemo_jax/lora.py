@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from selfemo_jax.appendlog import read_json
 from selfemo_jax.model.adapters import target_shapes
 from selfemo_jax.model.config import ModelConfig
+from selfemo_jax.model.orbax_io import read_json
 from selfemo_jax.model.safetensors_io import StoredTensor, TensorInfo, read_header, read_rows, write_header
 from selfemo_jax.settings.model import Lora
 

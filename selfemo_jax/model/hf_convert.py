@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from selfemo_jax.appendlog import read_json
 from selfemo_jax.model import orbax_io
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.hf_table import EMBED, HEAD, Slot, active_rules, from_hf_layout, hf_slots, param_shapes
@@ -179,7 +178,7 @@ def verify(a: str | os.PathLike, b: str | os.PathLike) -> list[str]:
     differences = []
     for path in (Path(a), Path(b)):
         if path.is_file():
-            found.append((str(path), None, read_json(path)["tensors"]))
+            found.append((str(path), None, orbax_io.read_json(path)["tensors"]))
             continue
         config, checkpoint = open_model(path)
         tensors = tensor_source(checkpoint, config)

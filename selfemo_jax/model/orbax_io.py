@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from selfemo_jax.appendlog import read_json
-
 METADATA_NAME = "_METADATA"
 _CHECKPOINT_METADATA_NAME = "_CHECKPOINT_METADATA"
 _MIN_CHUNK_BYTES = 2**20
@@ -110,6 +108,16 @@ def write_metadata(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         "custom_metadata": {},
     }
     (folder / _CHECKPOINT_METADATA_NAME).write_text(json.dumps(about))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError naming the file where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not JSON: {error}; the file is damaged, copy or convert it anew"
+        ) from error
 
 
 def open_arrays(folder: Path) -> dict[str, Any]:

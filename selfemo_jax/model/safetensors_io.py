@@ -15,7 +15,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from selfemo_jax.appendlog import read_json
+from selfemo_jax.model import orbax_io
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     problems: list[str] = []
     weight_map: Mapping[str, str] | None = None
     if index_path.exists():
-        index: Mapping[str, str] = read_json(index_path)["weight_map"]
+        index: Mapping[str, str] = orbax_io.read_json(index_path)["weight_map"]
         weight_map = index
         named = sorted({folder / name for name in index.values()})
         problems += [

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfemo_jax.appendlog import read_json
 from selfemo_jax.model import orbax_io
 from selfemo_jax.model.config import ModelConfig
 from selfemo_jax.model.digests import check_files
@@ -74,13 +73,13 @@ def open_model(folder: str | os.PathLike) -> tuple[ModelConfig, Checkpoint]:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise ValueError(f"{folder}: no config.json; expected a Hugging Face or a converted checkpoint")
-    settings = read_json(config_path)
+    settings = orbax_io.read_json(config_path)
     try:
         config = ModelConfig.from_hf(settings)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     certificate_path = folder / CERTIFICATE_NAME
-    certificate = read_json(certificate_path) if certificate_path.exists() else None
+    certificate = orbax_io.read_json(certificate_path) if certificate_path.exists() else None
     if (folder / PARAMS_NAME / orbax_io.METADATA_NAME).exists():
         return config, Checkpoint(folder=folder, kind="flax", certificate=certificate)
     if any(folder.glob("*.safetensors")):
